@@ -1,0 +1,237 @@
+"""The vocabulary: frozen values that everything else is written in.
+
+Lengths are nm, times s, fluence electrons per square angstrom (e/A^2), electrons whole numbers. Specimen frame:
+origin at the top-left corner of the field, +x right (fast scan axis), +y down (slow axis); a rotation > 0 turns +x
+towards +y. Arrays are ``[row, col] = [slow, fast]``. Unknown keys and non-finite numbers are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Model(BaseModel):
+    """Base of every value: frozen, unknown keys refused, NaN and infinity refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ScanRegion(Model):
+    """Where and how the beam is scanned: an overview, a sub-scan or a candidate; never a bare (x, y).
+
+    Pixel centres lie at ``(col + 1/2, row + 1/2)`` pixel sizes from the region's own corner, turned by
+    ``rotation_rad`` about ``center_nm``. Pixels may be non-square.
+    """
+
+    center_nm: tuple[float, float] = Field(description="centre (x, y) in the specimen frame, nm")
+    fov_nm: tuple[Positive, Positive] = Field(description="width along the fast axis, height along the slow axis, nm")
+    rotation_rad: float = Field(0.0, description="turn of the fast axis from +x towards +y, rad")
+    shape: tuple[PositiveInt, PositiveInt] = Field(description="(rows, columns)")
+    dwell_time_s: Positive = Field(description="dwell time per pixel, s")
+
+    @property
+    def pixels(self) -> int:
+        """Number of pixels."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def pixel_size_nm(self) -> tuple[float, float]:
+        """Pixel size (fast, slow), nm."""
+        return self.fov_nm[0] / self.shape[1], self.fov_nm[1] / self.shape[0]
+
+    @property
+    def area_nm2(self) -> float:
+        """Scanned area, nm^2."""
+        return self.fov_nm[0] * self.fov_nm[1]
+
+    def corners_nm(self) -> tuple[tuple[float, float], ...]:
+        """The four corners (x, y) in the specimen frame, in scan order: first pixel, line end, last pixel, line start."""
+        c, s = math.cos(self.rotation_rad), math.sin(self.rotation_rad)
+        hx, hy = self.fov_nm[0] / 2, self.fov_nm[1] / 2
+        return tuple(
+            (self.center_nm[0] + c * dx - s * dy, self.center_nm[1] + s * dx + c * dy)
+            for dx, dy in ((-hx, -hy), (hx, -hy), (hx, hy), (-hx, hy))
+        )
+
+
+class Charge(Model):
+    """What an exposure costs. A *bound* (commanded, upper) and a *measured* charge are the same type, kept in
+    differently named fields and never mixed."""
+
+    electrons: Count | None = Field(description="electrons; null where the record's dose is unknown")
+    pixels: Count = Field(description="pixels; for a record, pixels revealed for the first time")
+    peak_fluence_e_per_A2: NonNegative | None = Field(
+        None, description="highest fluence that this exposure adds to any 1 nm tile, e/A^2; null where unknown"
+    )
+    damage: NonNegative = Field(0.0, description="damage metric charged")
+    damage_basis: Literal["measured", "model", "none"] = "none"
+    seconds: NonNegative = Field(description="beam-on time, s")
+
+
+class Budget(Model):
+    """Hard limits of one session on one specimen; null means unlimited. The guard enforces them whatever a policy says."""
+
+    electrons: PositiveInt | None = None
+    pixels: PositiveInt | None = None
+    peak_fluence_e_per_A2: Positive | None = None
+    damage: Positive | None = None
+    seconds: Positive | None = None
+
+
+class Capabilities(Model):
+    """What an instrument says of itself; the controller computes every upper bound from it."""
+
+    identity: str = Field(description="which instrument or record this is")
+    simulated: bool = Field(description="True when no real specimen can be harmed")
+    unit: Literal["electrons", "pixels"] = Field(description="currency in which exposures are metered")
+    field_nm: tuple[Positive, Positive] = Field(description="width and height of the reachable field, nm")
+    channels: tuple[str, ...] = Field(description="detector channels delivered by every exposure")
+    beam_current_pA: Positive | None = Field(None, description="declared probe current; null for a record")
+    current_tolerance: NonNegative = Field(0.05, description="relative tolerance of the declared current")
+    flyback_s: NonNegative = Field(0.0, description="time between two lines, s")
+    beam_on_in_flyback: bool = Field(False, description="True when the beam is not blanked between lines")
+    blanker_latency_s: NonNegative = Field(0.0, description="longest time the blanker takes to act, s")
+    dwell_time_range_s: tuple[Positive, Positive] = Field((1e-8, 1.0), description="shortest and longest dwell, s")
+    max_pixels: PositiveInt = Field(4096 * 4096, description="largest frame")
+    pixel_size_nm: Positive | None = Field(None, description="a record's own pixel; null when any size can be scanned")
+
+
+class ArrayRef(Model):
+    """An array stored beside the journal: pixels never travel inside an event."""
+
+    path: str = Field(description="path relative to the session folder")
+    shape: tuple[Count, ...]
+    dtype: str
+    sha256: Sha256 = Field(description="of the file's bytes")
+
+
+class Frame(Model):
+    """What one exposure gave: one array per detector channel, and how it was taken."""
+
+    region: ScanRegion
+    channels: dict[str, ArrayRef]
+    electrons_per_pixel: Positive | None = Field(None, description="mean dose of a pixel, electrons; null if unknown")
+    started_s: NonNegative = Field(description="instrument clock at the first pixel, s")
+    flags: tuple[str, ...] = Field((), description="e.g. 'nan', 'saturated', 'constant', 'dose = upper bound'")
+
+    @property
+    def usable(self) -> bool:
+        """False when the frame is kept and charged but must never be fed to a model."""
+        return not set(self.flags) & {"nan", "saturated", "constant", "partial"}
+
+
+class Atom(Model):
+    """One located atom, column or vacant site, in the specimen frame."""
+
+    x_nm: float
+    y_nm: float
+    label: str
+    confidence: Annotated[float, Field(ge=0, le=1)]
+    sigma_x_nm: NonNegative = 0.0
+    sigma_y_nm: NonNegative = 0.0
+    intensity: float = 0.0
+
+
+class Observation(Model):
+    """What perception made of a frame (of one window of it, for the overview). Features reach a policy only here."""
+
+    region: ScanRegion
+    value: float | None = Field(description="target value, larger is better; null when it cannot be told (yet)")
+    variance: NonNegative | None = Field(description="variance of the value")
+    fidelity_e_per_A2: Positive | None = Field(None, description="fluence of the frame; null for a record")
+    features: dict[str, float] = Field(default_factory=dict, description="named numbers a policy may use")
+    latent: tuple[float, ...] = Field((), description="mean latent vector of the patches")
+    found: tuple[Atom, ...] = Field((), description="target objects found (empty for overview windows)")
+    atoms: ArrayRef | None = Field(None, description="float64 table, columns ATOM_COLUMNS")
+    patches: ArrayRef | None = Field(None, description="patches cut around the atoms, [n, size, size]")
+    latents: ArrayRef | None = Field(None, description="latent vectors of the patches, [n, d]")
+    model: str = Field(description="version (hash) of the perception model")
+    embedding: str | None = Field(None, description="version (hash) of the embedding that made the latents")
+    note: str = Field("", description="why perception abstained, if it did")
+
+
+ATOM_COLUMNS = ("x_nm", "y_nm", "label", "confidence", "sigma_x_nm", "sigma_y_nm", "intensity", "target")
+ATOM_LABELS = ("atom", "Mo", "S2", "S1", "S0", "C", "Pt")
+"""Columns and class names of the stored atom tables; ``label`` is an index into ATOM_LABELS, ``target`` the
+per-atom target score in [0, 1] that colours the latent scatter."""
+
+
+class Explanation(Model):
+    """Why a decision was taken: journaled with it, shown to the user, compared by ``verify``."""
+
+    policy: str
+    why: str
+    candidate: int | None = Field(None, description="index of the chosen candidate")
+    acquisition: float | None = None
+    mean: float | None = None
+    sd: float | None = None
+    fallback: str | None = Field(None, description="which rung of the fallback ladder was used, and why")
+    hyperparameters: dict[str, float] = Field(default_factory=dict)
+    mean_map: tuple[float, ...] = Field((), description="posterior mean of every candidate, in candidate order")
+    sd_map: tuple[float, ...] = Field((), description="posterior standard deviation of every candidate")
+
+
+class Scan(Model):
+    """Expose these regions next."""
+
+    kind: Literal["scan"] = "scan"
+    regions: tuple[ScanRegion, ...] = Field(min_length=1, max_length=1)
+    role: Literal["overview", "scan"] = "scan"
+    explanation: Explanation
+
+
+class Stop(Model):
+    """End the session by its own plan."""
+
+    kind: Literal["stop"] = "stop"
+    reason: str
+    explanation: Explanation
+
+
+Decision = Annotated[Scan | Stop, Field(discriminator="kind")]
+
+
+class OverviewPlan(Model):
+    """The first, cheap look at the field. Omitted: no overview is taken."""
+
+    fov_nm: tuple[Positive, Positive] | None = Field(None, description="default: the whole field")
+    center_nm: tuple[float, float] | None = Field(None, description="default: the middle of the field")
+    shape: tuple[PositiveInt, PositiveInt]
+    dwell_time_s: Positive
+
+
+class ScanPlan(Model):
+    """The sub-scans that a policy chooses from: windows of one size on a grid over the field."""
+
+    fov_nm: tuple[Positive, Positive]
+    shape: tuple[PositiveInt, PositiveInt]
+    dwell_time_s: Positive
+    stride_nm: tuple[Positive, Positive] | None = Field(None, description="grid spacing; default: fov_nm, no overlap")
+
+
+class StopRules(Model):
+    """When to end before the budget does."""
+
+    max_steps: PositiveInt | None = Field(None, description="sub-scans at most (the overview is not counted)")
+    max_found: PositiveInt | None = Field(None, description="end once this many target objects are found")
+
+
+class Plan(Model):
+    """All that the pure core needs to know of the user's wishes."""
+
+    overview: OverviewPlan | None = None
+    scan: ScanPlan
+    budget: Budget
+    stop: StopRules = StopRules()
+    decision_seconds: NonNegative = Field(1.0, description="fixed time charged to each decision by the session clock, s")
+    learn_patches: Count = Field(0, description="train the embedding once when this many patches are recorded; 0: never")
+    match_nm: Positive = Field(description="two finds closer than this are one object, and the scoring gate, nm")
