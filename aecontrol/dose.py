@@ -1,0 +1,172 @@
+"""What an exposure may cost, what has been charged, and whether the next one fits: pure arithmetic, the guard's rules.
+
+Upper bounds (*bound*) come from the declared current and the commanded region; measured charges come from the
+instrument. Electrons are whole numbers. The areal bound is kept per 1 nm tile of the specimen frame.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecontrol.types import Budget, Capabilities, Charge, ScanRegion
+from aecontrol.units import electrons_per_second, fluence_e_per_A2
+
+TILE_NM = 1.0
+_DILATION_NM = 1.0  # probe tails and small drift: tiles this far outside the region are charged too
+_EDGE_NM = 1e-6  # rounding of a region that was computed to end exactly at the field's edge
+
+
+def bound_charge(region: ScanRegion, capabilities: Capabilities) -> Charge:
+    """The most that exposing ``region`` can cost on this instrument (METHODS 4.1: current x time x (1 + tolerance),
+    flyback where the beam is not blanked, blanker latency; rounded up to whole electrons)."""
+    rows = region.shape[0]
+    beam_on_s = region.pixels * region.dwell_time_s + capabilities.blanker_latency_s
+    if capabilities.beam_on_in_flyback:
+        beam_on_s += rows * capabilities.flyback_s
+    seconds = region.pixels * region.dwell_time_s + rows * capabilities.flyback_s + capabilities.blanker_latency_s
+    if capabilities.beam_current_pA is None:
+        return Charge(electrons=None, pixels=region.pixels, seconds=seconds)
+    rate = electrons_per_second(capabilities.beam_current_pA) * (1 + capabilities.current_tolerance)
+    electrons = math.ceil(rate * beam_on_s)
+    return Charge(
+        electrons=electrons,
+        pixels=region.pixels,
+        peak_fluence_e_per_A2=tile_fluence(region, electrons),
+        seconds=seconds,
+    )
+
+
+def tile_fluence(region: ScanRegion, electrons: int) -> float:
+    """Upper bound of the mean fluence (e/A^2) that ``electrons`` spread evenly over the pixels of ``region`` can put
+    into any square tile of ``TILE_NM``, wherever the tile lies.
+
+    The number of scan points in a tile is at most (floor(T/px) + 1)(floor(T/py) + 1) when the scan is along the tile's
+    sides, and at most (T + hypot(px, py))^2 / (px py) at any angle, because the cells of those points lie inside
+    the tile widened by one cell diagonal.
+    """
+    px, py = region.pixel_size_nm
+    quarter_turns = region.rotation_rad / (math.pi / 2)
+    if abs(quarter_turns - round(quarter_turns)) < 1e-9:
+        points: float = (math.floor(TILE_NM / px + 1e-9) + 1) * (math.floor(TILE_NM / py + 1e-9) + 1)
+    else:
+        points = (TILE_NM + math.hypot(px, py)) ** 2 / (px * py)
+    points = min(points, region.pixels)
+    return fluence_e_per_A2(electrons * points / region.pixels, TILE_NM**2)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sum of charges so far; ``electrons`` counts only where they are known."""
+
+    electrons: int = 0
+    pixels: int = 0
+    damage: float = 0.0
+    seconds: float = 0.0
+
+    def plus(self, charge: Charge, extra_seconds: float = 0.0) -> Totals:
+        """These totals with one more charge."""
+        return Totals(
+            electrons=self.electrons + (charge.electrons or 0),
+            pixels=self.pixels + charge.pixels,
+            damage=self.damage + charge.damage,
+            seconds=self.seconds + charge.seconds + extra_seconds,
+        )
+
+
+def total(charges: Iterable[Charge]) -> Totals:
+    """Sum of charges."""
+    result = Totals()
+    for charge in charges:
+        result = result.plus(charge)
+    return result
+
+
+class TileMap:
+    """Bound of the fluence (e/A^2) put into every 1 nm tile of the field so far. A value: ``add`` returns a new map."""
+
+    def __init__(self, field_nm: tuple[float, float], fluence: NDArray[np.float64] | None = None) -> None:
+        self._field_nm = field_nm
+        margin = 2  # room for the dilation beyond every side of the field
+        self._origin = -margin
+        nx, ny = (math.ceil(side / TILE_NM) + 2 * margin for side in field_nm)
+        self.fluence: NDArray[np.float64] = np.zeros((ny, nx)) if fluence is None else fluence
+
+    def touched(self, region: ScanRegion) -> NDArray[np.bool_]:
+        """Mask of the tiles that meet ``region`` dilated by 1 nm (a superset: exact at any rotation)."""
+        ny, nx = self.fluence.shape
+        x = (np.arange(nx) + self._origin + 0.5) * TILE_NM - region.center_nm[0]
+        y = (np.arange(ny) + self._origin + 0.5)[:, None] * TILE_NM - region.center_nm[1]
+        c, s = math.cos(region.rotation_rad), math.sin(region.rotation_rad)
+        reach = _DILATION_NM + TILE_NM / 2 * (abs(c) + abs(s))  # half a tile, seen along the region's own axes
+        u, v = c * x + s * y, -s * x + c * y
+        inside: NDArray[np.bool_] = (np.abs(u) <= region.fov_nm[0] / 2 + reach) & (
+            np.abs(v) <= region.fov_nm[1] / 2 + reach
+        )
+        return inside
+
+    def peak_after(self, region: ScanRegion, added_e_per_A2: float) -> float:
+        """Highest bound among the tiles that ``region`` would touch, once it has been added."""
+        return float(self.fluence[self.touched(region)].max(initial=0.0)) + added_e_per_A2
+
+    def add(self, region: ScanRegion, added_e_per_A2: float) -> TileMap:
+        """The map with ``added_e_per_A2`` in every tile that ``region`` touches."""
+        return TileMap(self._field_nm, self.fluence + added_e_per_A2 * self.touched(region))
+
+
+def outside_field(region: ScanRegion, field_nm: tuple[float, float]) -> str | None:
+    """Why ``region`` is not inside the field, or None. Pixels are half-open cells, so a region may touch the edge."""
+    for x, y in region.corners_nm():
+        if x < -_EDGE_NM or y < -_EDGE_NM or x > field_nm[0] + _EDGE_NM or y > field_nm[1] + _EDGE_NM:
+            return (
+                f"the region's corner ({x:.4g}, {y:.4g}) nm lies outside the field "
+                f"0..{field_nm[0]:g} x 0..{field_nm[1]:g} nm"
+            )
+    return None
+
+
+def over_limits(region: ScanRegion, capabilities: Capabilities) -> str | None:
+    """Why the instrument cannot scan ``region`` (field, dwell time, frame size), or None."""
+    low, high = capabilities.dwell_time_range_s
+    if not low <= region.dwell_time_s <= high:
+        return f"dwell time {region.dwell_time_s:g} s is outside {low:g}..{high:g} s"
+    if region.pixels > capabilities.max_pixels:
+        return f"{region.pixels} pixels are more than the largest frame, {capabilities.max_pixels}"
+    return outside_field(region, capabilities.field_nm)
+
+
+def over_budget(
+    region: ScanRegion, bound: Charge, budget: Budget, charged: Totals, tiles: TileMap, extra_seconds: float = 0.0
+) -> str | None:
+    """Why ``bound`` on top of what is ``charged`` does not fit ``budget``, or None (invariant D1 and D2 of METHODS 4.1).
+
+    A budget in a currency that the instrument does not meter (electrons on a record of unknown dose) refuses
+    everything: what cannot be counted cannot be kept.
+    """
+    checks: Sequence[tuple[str, float | None, float | None]] = (
+        ("electrons", budget.electrons, None if bound.electrons is None else charged.electrons + bound.electrons),
+        ("pixels", budget.pixels, charged.pixels + bound.pixels),
+        ("damage", budget.damage, charged.damage + bound.damage),
+        ("seconds", budget.seconds, charged.seconds + bound.seconds + extra_seconds),
+        (
+            "e/A^2 in one 1 nm tile",
+            budget.peak_fluence_e_per_A2,
+            None
+            if bound.peak_fluence_e_per_A2 is None
+            else tiles.peak_after(region, bound.peak_fluence_e_per_A2)
+            if budget.peak_fluence_e_per_A2 is not None
+            else 0.0,
+        ),
+    )
+    for name, limit, after in checks:
+        if limit is None:
+            continue
+        if after is None:
+            return f"this instrument does not meter {name}, so a budget of {limit:g} {name} cannot be kept"
+        if after > limit:
+            return f"it would bring the charge to {after:.6g} {name}; the budget is {limit:.6g}"
+    return None

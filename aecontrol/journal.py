@@ -1,0 +1,95 @@
+"""The durable memory: an append-only, hash-chained table of JSON records in SQLite.
+
+One file has one writing connection (WAL, ``synchronous=FULL``, it alone checkpoints); readers open ``mode=ro``. Every
+``append`` has reached the disk when it returns. A record whose hash does not fit the chain is never skipped or
+dropped: in a dose ledger a dropped record is a forgotten exposure, so opening refuses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from aecontrol.durable import sync_folder
+from aecontrol.errors import StorageFault
+
+GENESIS = "0" * 64
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS journal (
+    seq INTEGER PRIMARY KEY CHECK (seq > 0),
+    prev TEXT NOT NULL CHECK (length(prev) = 64),
+    sha256 TEXT NOT NULL UNIQUE CHECK (length(sha256) = 64),
+    body TEXT NOT NULL
+) STRICT
+"""
+
+
+def chain_hash(prev: str, body: str) -> str:
+    """Hash of a record: sha256 of its predecessor's hash and its own text."""
+    return hashlib.sha256(f"{prev}\n{body}".encode()).hexdigest()
+
+
+def read_journal(path: Path) -> Iterator[str]:
+    """The bodies of an existing journal, oldest first, chain verified; opens read-only. Raises StorageFault when the file
+    is missing, damaged, or the chain breaks."""
+    if not path.is_file():
+        raise StorageFault(f"{path} does not exist", "give the folder of a session")
+    try:
+        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        try:
+            yield from _verified(connection, path)
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise StorageFault(f"{path} cannot be read: {error}", "restore it from a copy; nothing was changed") from error
+
+
+def _verified(connection: sqlite3.Connection, path: Path) -> Iterator[str]:
+    prev, expected = GENESIS, 1
+    for seq, stored_prev, sha, body in connection.execute("SELECT seq, prev, sha256, body FROM journal ORDER BY seq"):
+        if seq != expected or stored_prev != prev or chain_hash(prev, body) != sha:
+            raise StorageFault(
+                f"{path}: record {seq} does not fit the hash chain",
+                "the file was changed or damaged; restore it from a copy. Nothing will be exposed from it",
+            )
+        yield body
+        prev, expected = sha, seq + 1
+
+
+class Journal:
+    """The writing end of one journal file; see the module text."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._connection = sqlite3.connect(path, isolation_level=None)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            self._connection.execute(_SCHEMA)
+            sync_folder(path.parent)
+            self.bodies = list(_verified(self._connection, path))
+            row = self._connection.execute("SELECT seq, sha256 FROM journal ORDER BY seq DESC LIMIT 1").fetchone()
+        except sqlite3.Error as error:
+            raise StorageFault(f"{path} cannot be opened: {error}", "restore it from a copy") from error
+        self._seq, self._head = row if row else (0, GENESIS)
+
+    def append(self, body: str) -> None:
+        """Add one record; it is on the disk when this returns. Raises StorageFault (disk full, I/O error): the record
+        must then be taken as not written, and nothing may be exposed."""
+        sha = chain_hash(self._head, body)
+        try:
+            self._connection.execute(
+                "INSERT INTO journal (seq, prev, sha256, body) VALUES (?, ?, ?, ?)",
+                (self._seq + 1, self._head, sha, body),
+            )
+        except sqlite3.Error as error:
+            raise StorageFault(
+                f"cannot append to {self._path}: {error}", "free disk space or mend the disk, then resume"
+            ) from error
+        self._seq, self._head = self._seq + 1, sha
+
+    def close(self) -> None:
+        """Checkpoint and close."""
+        self._connection.close()
