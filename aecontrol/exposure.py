@@ -88,9 +88,7 @@ def settle(record: KeyRecord, outcome: Outcome) -> KeyRecord:
         raise InstrumentFault(f"asked for key {record.key[:12]}, the answer is for {outcome.key[:12]}")
     if outcome.state == "POST" and outcome.measured is None:
         raise InstrumentFault(f"key {record.key[:12]} was posted without a measured charge")
-    after = record.model_copy(
-        update={"state": outcome.state, "measured": outcome.measured, "digests": outcome.digests}
-    )
+    after = record.model_copy(update={"state": outcome.state, "measured": outcome.measured, "digests": outcome.digests})
     if record.state != "RESERVED" and after != record:
         raise InstrumentFault(
             f"key {record.key[:12]} was settled as {record.state}, now the instrument says {outcome.state}",

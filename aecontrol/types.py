@@ -232,6 +232,10 @@ class Plan(Model):
     scan: ScanPlan
     budget: Budget
     stop: StopRules = StopRules()
-    decision_seconds: NonNegative = Field(1.0, description="fixed time charged to each decision by the session clock, s")
-    learn_patches: Count = Field(0, description="train the embedding once when this many patches are recorded; 0: never")
+    decision_seconds: NonNegative = Field(
+        1.0, description="fixed time charged to each decision by the session clock, s"
+    )
+    learn_patches: Count = Field(
+        0, description="train the embedding once when this many patches are recorded; 0: never"
+    )
     match_nm: Positive = Field(description="two finds closer than this are one object, and the scoring gate, nm")
