@@ -22,7 +22,7 @@ _EDGE_NM = 1e-6  # rounding of a region that was computed to end exactly at the 
 
 
 def bound_charge(region: ScanRegion, capabilities: Capabilities) -> Charge:
-    """The most that exposing ``region`` can cost on this instrument (METHODS 4.1: current x time x (1 + tolerance),
+    """The most that exposing ``region`` can cost on this instrument (current x time x (1 + tolerance),
     flyback where the beam is not blanked, blanker latency; rounded up to whole electrons)."""
     rows = region.shape[0]
     beam_on_s = region.pixels * region.dwell_time_s + capabilities.blanker_latency_s
@@ -90,7 +90,7 @@ class TileMap:
     """Bound of the fluence (e/A^2) put into every 1 nm tile of the field so far. A value: ``add`` returns a new map."""
 
     def __init__(self, field_nm: tuple[float, float], fluence: NDArray[np.float64] | None = None) -> None:
-        self._field_nm = field_nm
+        self.field_nm = field_nm
         margin = 2  # room for the dilation beyond every side of the field
         self._origin = -margin
         nx, ny = (math.ceil(side / TILE_NM) + 2 * margin for side in field_nm)
@@ -115,7 +115,7 @@ class TileMap:
 
     def add(self, region: ScanRegion, added_e_per_A2: float) -> TileMap:
         """The map with ``added_e_per_A2`` in every tile that ``region`` touches."""
-        return TileMap(self._field_nm, self.fluence + added_e_per_A2 * self.touched(region))
+        return TileMap(self.field_nm, self.fluence + added_e_per_A2 * self.touched(region))
 
 
 def outside_field(region: ScanRegion, field_nm: tuple[float, float]) -> str | None:
@@ -142,7 +142,7 @@ def over_limits(region: ScanRegion, capabilities: Capabilities) -> str | None:
 def over_budget(
     region: ScanRegion, bound: Charge, budget: Budget, charged: Totals, tiles: TileMap, extra_seconds: float = 0.0
 ) -> str | None:
-    """Why ``bound`` on top of what is ``charged`` does not fit ``budget``, or None (invariant D1 and D2 of METHODS 4.1).
+    """Why ``bound`` on top of what is ``charged`` does not fit ``budget``, or None.
 
     A budget in a currency that the instrument does not meter (electrons on a record of unknown dose) refuses
     everything: what cannot be counted cannot be kept.

@@ -32,8 +32,9 @@ def chain_hash(prev: str, body: str) -> str:
 
 
 def read_journal(path: Path) -> Iterator[str]:
-    """The bodies of an existing journal, oldest first, chain verified; opens read-only. Raises StorageFault when the file
-    is missing, damaged, or the chain breaks."""
+    """The bodies of an existing journal, oldest first, chain verified; opens read-only.
+
+    Raises StorageFault when the file is missing, damaged, or the chain breaks."""
     if not path.is_file():
         raise StorageFault(f"{path} does not exist", "give the folder of a session")
     try:
@@ -73,7 +74,8 @@ class Journal:
             row = self._connection.execute("SELECT seq, sha256 FROM journal ORDER BY seq DESC LIMIT 1").fetchone()
         except sqlite3.Error as error:
             raise StorageFault(f"{path} cannot be opened: {error}", "restore it from a copy") from error
-        self._seq, self._head = row if row else (0, GENESIS)
+        self._seq: int = row[0] if row else 0
+        self._head: str = row[1] if row else GENESIS
 
     def append(self, body: str) -> None:
         """Add one record; it is on the disk when this returns. Raises StorageFault (disk full, I/O error): the record

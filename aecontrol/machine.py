@@ -1,7 +1,7 @@
-"""The pure core: ``state = apply(state, event)`` and ``command = next_command(state)``. No clock, disk, beam or chance.
+"""The pure core: ``state = apply(state, event)`` and ``command = next_command(state)``. No clock, disk or beam.
 
-Phases: new -> overview -> ready -> decided -> reserved -> exposed -> recorded -> learning -> ready ... -> stopped; paused
-from any of them. Step 0 is the overview; sub-scans count from 1.
+Phases: new -> overview -> ready -> decided -> reserved -> exposed -> recorded -> (learning) -> ready ... -> stopped;
+paused from any of them. Step 0 is the overview; sub-scans count from 1.
 """
 
 from __future__ import annotations
@@ -434,6 +434,8 @@ def apply(state: State, event: SessionEvent) -> State:
         case Decided():
             return _apply_decided(state, event)
         case Refused():
+            if state.step == 0:
+                return replace(state, phase="ready", alarm=f"the overview was refused: {event.reason}")
             return _give_up(state, closed=candidate_index(state, _decided_region(state)))
         case Reserved() | Posted() | Voided() | Indeterminate():
             return _apply_exposure(state, event)
@@ -481,8 +483,6 @@ def _apply_decided(state: State, event: Decided) -> State:
 
 def _give_up(state: State, closed: int = -1) -> State:
     """Leave the current step without a frame; its candidate is not offered again."""
-    if state.step == 0:
-        return replace(state, phase="ready", alarm="the overview could not be taken")
     return replace(
         state, phase="ready", refusals=state.refusals + 1, closed=state.closed | ({closed} if closed >= 0 else set())
     )
@@ -506,9 +506,16 @@ def _apply_exposure(state: State, event: Reserved | Posted | Voided | Indetermin
     state = _with_record(replace(state, unsettled=False), record)
     if isinstance(event, Voided):
         index = candidate_index(state, record.region)
-        if state.attempt + 1 >= MAX_REFUSALS:
-            return _give_up(state, closed=index)
-        return replace(state, phase="decided", attempt=state.attempt + 1, closed=state.closed - {index})
+        tiles = TileMap(state.tile_map.field_nm)
+        for live in state.keys.values():
+            if live.state != "VOID":
+                tiles = tiles.add(live.region, live.bound.peak_fluence_e_per_A2 or 0.0)
+        state = replace(state, tiles=tiles, attempt=state.attempt + 1, closed=state.closed - {index})
+        if state.attempt < MAX_REFUSALS:
+            return replace(state, phase="decided")
+        if record.step == 0:
+            return replace(state, phase="ready", alarm=f"the instrument refused the overview: {event.reason}")
+        return _give_up(state, closed=index)
     if record.overrun:
         alarm = f"DOSE_OVERRUN: {record.charge.electrons} electrons, {record.charge.pixels} pixels were delivered"
         state = replace(state, alarm=f"{alarm}; at most {record.bound.electrons}, {record.bound.pixels} were reserved")

@@ -153,7 +153,7 @@ class Perceiver(Protocol):
         self, image: Image, region: ScanRegion, windows: Sequence[ScanRegion], electrons_per_pixel: float | None
     ) -> list[Reading]:
         """One reading per window (value = cheap evidence for the target with its variance; no ``found``). ``image``
-        [rows, cols] is the overview frame taken over ``region``. Abstains with value None and a note rather than guess."""
+        [rows, cols] is the overview frame taken over ``region``. Abstains with value None rather than guess."""
 
     def read_scan(self, image: Image, region: ScanRegion, electrons_per_pixel: float | None) -> Reading:
         """The reading of one sub-scan. Abstains with value None and a note rather than guess."""
@@ -168,4 +168,4 @@ class Perceiver(Protocol):
         self, patches: NDArray[np.float32], latents: NDArray[np.float64], reference: NDArray[np.float64]
     ) -> tuple[float | None, float | None]:
         """Target value and variance for targets defined on latents ('latent_component', 'novelty'); (None, None) for
-        the others, whose value does not depend on the embedding. ``reference`` [m, d]: the training patches' latents."""
+        the others, whose value needs no embedding. ``reference`` [m, d]: the training patches' latents."""

@@ -54,7 +54,7 @@ class ScanRegion(Model):
         return self.fov_nm[0] * self.fov_nm[1]
 
     def corners_nm(self) -> tuple[tuple[float, float], ...]:
-        """The four corners (x, y) in the specimen frame, in scan order: first pixel, line end, last pixel, line start."""
+        """The four corners (x, y) in the specimen frame, in scan order, the first pixel's first."""
         c, s = math.cos(self.rotation_rad), math.sin(self.rotation_rad)
         hx, hy = self.fov_nm[0] / 2, self.fov_nm[1] / 2
         return tuple(
@@ -78,7 +78,7 @@ class Charge(Model):
 
 
 class Budget(Model):
-    """Hard limits of one session on one specimen; null means unlimited. The guard enforces them whatever a policy says."""
+    """Hard limits of one session on one specimen; null means unlimited. The guard enforces them."""
 
     electrons: PositiveInt | None = None
     pixels: PositiveInt | None = None
@@ -232,10 +232,6 @@ class Plan(Model):
     scan: ScanPlan
     budget: Budget
     stop: StopRules = StopRules()
-    decision_seconds: NonNegative = Field(
-        1.0, description="fixed time charged to each decision by the session clock, s"
-    )
-    learn_patches: Count = Field(
-        0, description="train the embedding once when this many patches are recorded; 0: never"
-    )
+    decision_seconds: NonNegative = Field(1.0, description="fixed time charged to each decision, s")
+    learn_patches: Count = Field(0, description="train the embedding once this many patches are recorded; 0: never")
     match_nm: Positive = Field(description="two finds closer than this are one object, and the scoring gate, nm")

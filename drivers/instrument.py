@@ -1,0 +1,251 @@
+"""The instrument's side of the exposure protocol, around any column: its own ledger, its own interlocks, its own spool.
+
+The shell makes every record that :mod:`aecontrol.exposure` asks for durable before it acts on it: FIRING before the
+beam, the frame in the spool before POST. A column is only ever asked to fire; it is never asked to fire again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecontrol.durable import load_npy, npy_bytes, sha256_hex, write_durable
+from aecontrol.errors import AecontrolError, InstrumentFault, StorageFault
+from aecontrol.exposure import (
+    InterlockLimits,
+    Ledger,
+    LedgerRecord,
+    Outcome,
+    absorb,
+    answer,
+    on_boot,
+    on_cancel,
+    on_expose,
+    on_fired,
+)
+from aecontrol.journal import Journal
+from aecontrol.protocols import FrameData, Truth
+from aecontrol.types import Capabilities, Charge, ScanRegion
+
+log = logging.getLogger(__name__)
+
+
+class Pulse(Protocol):
+    """What one hardware-timed exposure delivered."""
+
+    @property
+    def channels(self) -> Mapping[str, NDArray[np.generic]]:
+        """Detector channel -> [rows, cols] array."""
+
+    @property
+    def electrons(self) -> int | None:
+        """Electrons that left the gun towards the specimen; None when a record does not say."""
+
+    @property
+    def pixels(self) -> int:
+        """Pixels exposed (of a record: revealed for the first time)."""
+
+    @property
+    def seconds(self) -> float:
+        """Duration, s."""
+
+    @property
+    def started_s(self) -> float:
+        """Column clock at the first pixel, s."""
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What the detector says is wrong with the frame."""
+
+
+class Column(Protocol):
+    """The physics behind a driver: fires once per call and remembers what it did to the specimen."""
+
+    def fire(self, ordinal: int, region: ScanRegion) -> Pulse:
+        """Expose ``region`` as the ``ordinal``-th shot of this specimen (0, 1, ...). Blocks until blanked."""
+
+    def absorb(self, ordinal: int, region: ScanRegion) -> None:
+        """Account in full for a shot fired by an earlier process, so that the specimen is as that shot left it."""
+
+    def targets(self, kind: str) -> tuple[NDArray[np.float64], tuple[str, ...]] | None:
+        """True objects of ``kind``: positions [n, 2] nm and labels, as the session started; None when not known."""
+
+
+class Instrument:
+    """A :class:`~aecontrol.protocols.Microscope` in this process, with a durable ledger in ``folder``.
+
+    Opening the folder of an earlier process settles what it left firing (INDET, charged in full) and brings the
+    column to the state in which the earlier shots left it. Raises StorageFault on a damaged ledger, InstrumentFault
+    when the ledger belongs to another instrument.
+    """
+
+    def __init__(self, column: Column, capabilities: Capabilities, limits: InterlockLimits, folder: Path) -> None:
+        self._column, self._capabilities, self._limits = column, capabilities, limits
+        self._spool = folder / "spool"
+        self._spool.mkdir(parents=True, exist_ok=True)
+        self._journal = Journal(folder / "ledger.sqlite")
+        self._ledger = Ledger.empty(capabilities)
+        records = [LedgerRecord.model_validate_json(body) for body in self._journal.bodies]
+        if records and records[0].reason != capabilities.identity:
+            raise InstrumentFault(
+                f"the ledger belongs to {records[0].reason!r}, this instrument is {capabilities.identity!r}",
+                "resume with the configuration that the session was begun with",
+            )
+        for record in records:
+            self._ledger = absorb(self._ledger, record)
+        for record in list(on_boot(self._ledger, self._spooled())):
+            self._write(record)
+        for ordinal, key in enumerate(self._ledger.fired):
+            region = self._ledger.entries[key].region
+            assert region is not None
+            column.absorb(ordinal, region)
+        if not records:
+            self._write(LedgerRecord(kind="OPEN", reason=capabilities.identity))
+
+    # ------------------------------------------------------------ Microscope
+
+    def capabilities(self) -> Capabilities:
+        """What the instrument is."""
+        return self._capabilities
+
+    def expose(self, key: str, region: ScanRegion, bound: Charge) -> Outcome:
+        """Fire once, or give the outcome that the key already has; see the protocol."""
+        record = on_expose(self._ledger, key, region, bound, self._limits)
+        if record is not None and record.kind == "FIRING":
+            record = self._reserve_spool(key, region, record)
+        if record is not None:
+            self._write(record)
+            if record.kind == "LATCH":
+                raise InstrumentFault(record.reason, "stop: two controllers, or a defect in one")
+            if record.kind == "FIRING":
+                self._fire(key, region)
+        return answer(self._ledger, key)
+
+    def cancel(self, key: str) -> Outcome:
+        """The terminal outcome of ``key``; a key never seen is tombstoned."""
+        record = on_cancel(self._ledger, key)
+        if record is not None:
+            self._write(record)
+        return answer(self._ledger, key)
+
+    def fetch(self, key: str) -> FrameData:
+        """The spooled frame, digests checked."""
+        entry = self._ledger.entries.get(key)
+        if entry is None or not entry.digests:
+            raise InstrumentFault(f"there is no frame for key {key[:12]}")
+        meta = json.loads(self._meta_path(key).read_bytes())
+        channels = {name: load_npy(self._channel_bytes(key, name, sha), name) for name, sha in entry.digests.items()}
+        flags = tuple(meta["flags"])
+        measured = entry.measured
+        if measured is None:
+            flags = (*flags, "dose = upper bound")
+            measured = entry.bound
+        assert measured is not None
+        assert entry.region is not None
+        electrons = None if measured.electrons is None else measured.electrons / entry.region.pixels
+        return FrameData(channels, float(meta["started_s"]), electrons, flags)
+
+    def acknowledge(self, key: str) -> None:
+        """Delete the spooled copy."""
+        entry = self._ledger.entries.get(key)
+        for name in entry.digests if entry else ():
+            self._channel_path(key, name).unlink(missing_ok=True)
+        self._meta_path(key).unlink(missing_ok=True)
+
+    def blank(self) -> None:
+        """The beam of an in-process column is blanked whenever ``fire`` is not running."""
+
+    def close(self) -> None:
+        """Close the ledger."""
+        self._journal.close()
+
+    def truth(self, target: str) -> Truth | None:
+        """True objects, for the scorer only."""
+        found = self._column.targets(target)
+        if found is None:
+            return None
+        delivered = getattr(self._column, "meter", None)
+        return Truth(targets=found[0], labels=tuple(found[1]), electrons_delivered=delivered)
+
+    # ------------------------------------------------------------ inside
+
+    def _write(self, record: LedgerRecord) -> None:
+        self._journal.append(record.model_dump_json(exclude_defaults=True))
+        self._ledger = absorb(self._ledger, record)
+
+    def _fire(self, key: str, region: ScanRegion) -> None:
+        ordinal = len(self._ledger.fired) - 1
+        try:
+            pulse = self._column.fire(ordinal, region)
+            measured = Charge(electrons=pulse.electrons, pixels=pulse.pixels, seconds=pulse.seconds)
+            digests = self._spool_frame(key, pulse)
+        except (AecontrolError, OSError, ValueError, RuntimeError, MemoryError) as error:
+            # the beam has been on for nobody knows how long: charged at the bound, never fired again
+            self._write(LedgerRecord(kind="INDET", key=key, reason=f"the pulse broke off: {error}"))
+            log.error("shot %s broke off: %s", key[:12], error)
+            return
+        for record in on_fired(self._ledger, key, measured, digests):
+            self._write(record)
+
+    def _reserve_spool(self, key: str, region: ScanRegion, firing: LedgerRecord) -> LedgerRecord:
+        """FIRING only with room for its frame on the disk: otherwise the beam would be spent on nothing."""
+        size = region.pixels * 8 * len(self._capabilities.channels) + 65536
+        path = self._spool / f"{key}.room"
+        try:
+            with open(path, "wb") as handle:
+                os.posix_fallocate(handle.fileno(), 0, size)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            return firing.model_copy(update={"kind": "VOID", "reason": f"no room for the frame in the spool: {error}"})
+        path.unlink()
+        return firing
+
+    def _spool_frame(self, key: str, pulse: Pulse) -> dict[str, str]:
+        digests = {}
+        for name, array in pulse.channels.items():
+            data = npy_bytes(array)
+            write_durable(self._channel_path(key, name), data)
+            digests[name] = sha256_hex(data)
+        # written last: its presence says that every channel is complete
+        meta = {"digests": digests, "started_s": pulse.started_s, "flags": list(pulse.flags)}
+        write_durable(self._meta_path(key), json.dumps(meta).encode())
+        return digests
+
+    def _spooled(self) -> dict[str, dict[str, str]]:
+        """Digests of complete, intact frames of keys that were firing when the last process ended."""
+        frames = {}
+        for key, entry in self._ledger.entries.items():
+            path = self._meta_path(key)
+            if entry.state != "FIRING" or not path.is_file():
+                continue
+            try:
+                digests: dict[str, str] = json.loads(path.read_bytes())["digests"]
+                for name, sha in digests.items():
+                    self._channel_bytes(key, name, sha)
+            except (ValueError, KeyError, InstrumentFault, StorageFault) as error:
+                log.warning("the spooled frame of %s is not usable: %s", key[:12], error)
+                continue
+            frames[key] = digests
+        return frames
+
+    def _channel_bytes(self, key: str, name: str, sha: str) -> bytes:
+        try:
+            data = self._channel_path(key, name).read_bytes()
+        except OSError as error:
+            raise InstrumentFault(f"frame {key[:12]}, channel {name} is gone: {error}") from error
+        if sha256_hex(data) != sha:
+            raise InstrumentFault(f"frame {key[:12]}, channel {name} does not match its digest")
+        return data
+
+    def _channel_path(self, key: str, name: str) -> Path:
+        return self._spool / f"{key}.{self._capabilities.channels.index(name)}.npy"
+
+    def _meta_path(self, key: str) -> Path:
+        return self._spool / f"{key}.json"
