@@ -27,6 +27,7 @@ class SessionStarted(Model):
     session: str
     seed: int
     config: dict[str, Any]
+    base: str = Field(description="folder at which relative paths of the configuration start")
     plan: Plan
     version: str
     created_unix_s: float = Field(description="a label; no decision depends on it")

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
+
 from aecontrol.dose import TileMap, Totals, bound_charge, over_budget, over_limits
 from aecontrol.errors import AecontrolError, BadInput
 from aecontrol.events import (
@@ -34,6 +36,7 @@ from aecontrol.events import (
 )
 from aecontrol.exposure import KeyRecord, Outcome, make_key, settle
 from aecontrol.protocols import History
+from aecontrol.scoring import merge_duplicates
 from aecontrol.types import (
     Atom,
     Capabilities,
@@ -216,12 +219,13 @@ class State:
 
     def found(self) -> tuple[Atom, ...]:
         """Target objects found in all sub-scans; the more confident of two within ``match_nm`` stands for both."""
-        kept: list[Atom] = []
         every = [atom for scan in self.scans for atom in scan.observation.found]
-        for atom in sorted(every, key=lambda a: (-a.confidence, a.y_nm, a.x_nm)):
-            if all(math.hypot(atom.x_nm - k.x_nm, atom.y_nm - k.y_nm) > self.plan.match_nm for k in kept):
-                kept.append(atom)
-        return tuple(kept)
+        kept = merge_duplicates(
+            [(atom.x_nm, atom.y_nm) for atom in every] or np.empty((0, 2)),
+            self.plan.match_nm,
+            [atom.confidence for atom in every],
+        )
+        return tuple(every[index] for index in kept)
 
 
 def overview_region(plan: OverviewPlan, field_nm: tuple[float, float]) -> ScanRegion:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecontrol.exposure import Outcome
-from aecontrol.types import Capabilities, Charge, Decision, Observation, ScanRegion
+from aecontrol.types import ATOM_LABELS, Atom, Capabilities, Charge, Decision, Observation, ScanRegion
 
 Image = NDArray[np.generic]
 
@@ -126,6 +126,23 @@ class Reading:
     patches: NDArray[np.float32] | None = None
     patch_atoms: NDArray[np.int64] | None = None
     note: str = ""
+
+    def found_atoms(self) -> tuple[Atom, ...]:
+        """The target objects as values."""
+        if self.atoms is None:
+            return ()
+        return tuple(
+            Atom(
+                x_nm=float(row[0]),
+                y_nm=float(row[1]),
+                label=ATOM_LABELS[int(row[2])],
+                confidence=float(np.clip(row[3], 0.0, 1.0)),
+                sigma_x_nm=float(row[4]),
+                sigma_y_nm=float(row[5]),
+                intensity=float(row[6]),
+            )
+            for row in self.atoms[list(self.found)]
+        )
 
 
 class Embedding(Protocol):

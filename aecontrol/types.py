@@ -153,6 +153,7 @@ class Observation(Model):
     found: tuple[Atom, ...] = Field((), description="target objects found (empty for overview windows)")
     atoms: ArrayRef | None = Field(None, description="float64 table, columns ATOM_COLUMNS")
     patches: ArrayRef | None = Field(None, description="patches cut around the atoms, [n, size, size]")
+    patch_atoms: ArrayRef | None = Field(None, description="row in ``atoms`` of each patch, [n]")
     latents: ArrayRef | None = Field(None, description="latent vectors of the patches, [n, d]")
     model: str = Field(description="version (hash) of the perception model")
     embedding: str | None = Field(None, description="version (hash) of the embedding that made the latents")
