@@ -196,6 +196,7 @@ class Effects:
         self._microscope: Microscope = config.driver.build(folder / "instrument", config.base, seed)
         self._perceiver: Perceiver = config.perceiver.build(device)
         self._embedding: Embedding | None = None
+        self._reference: NDArray[np.float64] = np.empty((0, 0))
         self._arrived = time.perf_counter()
 
     def close(self) -> None:
@@ -282,8 +283,8 @@ class Effects:
         reading = self._perceiver.read_scan(image, frame.region, frame.electrons_per_pixel)
         observation = self._observe(reading, frame.region, frame)
         if state.embedding is not None:
-            observed = (*(scan.observation for scan in state.scans), observation)
-            observation = self._embed(observed, state.embedding, state.trained_on)[-1]
+            trained = tuple(scan.observation for scan in state.scans[: state.trained_on])
+            observation = self._embed(observation, state.embedding, trained)
         return Perceived(key=key, observations=(observation,), note=reading.note)
 
     def _learn(self, command: Learn, state: State) -> ModelUpdated:
@@ -307,8 +308,11 @@ class Effects:
         )
 
     def _reembed(self, command: Reembed) -> Reembedded:
-        observations = self._embed(command.observations, command.embedding, command.trained_on)
-        return Reembedded(embedding=command.embedding, observations=observations)
+        trained = command.observations[: command.trained_on]
+        return Reembedded(
+            embedding=command.embedding,
+            observations=tuple(self._embed(o, command.embedding, trained) for o in command.observations),
+        )
 
     # ------------------------------------------------------------ helpers
 
@@ -342,31 +346,29 @@ class Effects:
         assert observation.patches is not None
         return load_array(self._folder, observation.patches).astype(np.float32)
 
-    def _embed(self, observations: tuple[Observation, ...], sha: str, trained_on: int) -> tuple[Observation, ...]:
-        """The observations with latents (and with the value, where the target is defined on latents)."""
+    def _embed(self, observation: Observation, sha: str, trained: tuple[Observation, ...]) -> Observation:
+        """The observation with its latents (and its value, where the target is defined on latents). ``trained``: the
+        observations that the embedding was trained on; their latents are the reference of novelty."""
+        if observation.patches is None or not observation.patches.shape[0]:
+            return observation
         if self._embedding is None:
             data = (self._folder / f"models/{sha}.safetensors").read_bytes()
             if sha256_hex(data) != sha:
                 raise StorageFault(f"models/{sha}.safetensors does not match its digest", "restore it from a copy")
             self._embedding = self._perceiver.load_embedding(data)
-        read = [None if o.patches is None else self._patches(o) for o in observations]
-        latents = [None if p is None or not len(p) else self._embedding.encode(p) for p in read]
-        known = [z for z in latents[:trained_on] if z is not None]
-        result = []
-        for observation, patches, z in zip(observations, read, latents, strict=True):
-            if patches is None or z is None:
-                result.append(observation)
-                continue
-            update: dict[str, Any] = {
-                "latents": self._store(z),
-                "latent": tuple(float(v) for v in z.mean(axis=0)),
-                "embedding": sha,
-            }
-            value, variance = self._perceiver.value_from_latents(patches, z, np.concatenate(known))
-            if value is not None:
-                update |= {"value": value, "variance": variance}
-            result.append(observation.model_copy(update=update))
-        return tuple(result)
+            known = [self._patches(o) for o in trained if o.patches is not None]
+            self._reference = self._embedding.encode(np.concatenate(known))
+        patches = self._patches(observation)
+        z = self._embedding.encode(patches)
+        update: dict[str, Any] = {
+            "latents": self._store(z),
+            "latent": tuple(float(v) for v in z.mean(axis=0)),
+            "embedding": sha,
+        }
+        value, variance = self._perceiver.value_from_latents(patches, z, self._reference)
+        if value is not None:
+            update |= {"value": value, "variance": variance}
+        return observation.model_copy(update=update)
 
 
 def quality_flags(data: FrameData, region: ScanRegion) -> tuple[str, ...]:

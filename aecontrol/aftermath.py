@@ -1,0 +1,193 @@
+"""After the last exposure: score the finds against the truth (where one is known), run the comparisons, write the report.
+
+Nothing here can reach the session: it has ended, and the comparisons expose fresh copies of a simulated specimen or of
+a record in folders of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aecontrol.config import SessionConfig, parse
+from aecontrol.durable import write_durable
+from aecontrol.events import Decided
+from aecontrol.machine import State
+from aecontrol.protocols import HasTruth, Truth
+from aecontrol.scoring import recall_curve, score
+from aecontrol.session import Session, read_events
+
+Progress = Callable[[str], None]
+
+
+def conclude(
+    folder: Path, config: SessionConfig, state: State, device: str, wall_seconds: float, progress: Progress
+) -> dict[str, Any]:
+    """Score, compare, write ``summary.json`` and ``report.html``; returns the summary.
+
+    ``contract`` is what ``--json`` prints, ``lines`` what a person reads last, ``curve`` and ``comparison`` what the
+    report draws. A paused session is summarised without comparisons. Raises as a session does.
+    """
+    from aecontrol.report import write_report
+
+    truth = known_truth(folder, config)
+    unit = "pixels" if state.capabilities is not None and state.capabilities.unit == "pixels" else "electrons"
+    contract = contract_of(folder, state, truth, wall_seconds)
+    comparison = {}
+    if state.stopped is not None and config.tables.compare is not None and truth is not None:
+        for kind in config.tables.compare.policies:
+            progress(f"comparison: {kind} at the same dose, on a fresh copy")
+            comparison[kind] = _compare(folder, config, state, kind, truth, device)
+    summary: dict[str, Any] = {
+        "contract": contract,
+        "unit": unit,
+        "curve": _curve(state, truth),
+        "comparison": comparison,
+        "electrons_delivered": None if truth is None else truth.electrons_delivered,
+        "truth": None if truth is None else {"positions_nm": truth.targets.tolist(), "labels": list(truth.labels)},
+    }
+    summary["lines"] = _lines(folder, state, summary, unit)
+    write_durable(folder / "summary.json", json.dumps(summary).encode())
+    progress("report")
+    write_report(folder)
+    return summary
+
+
+def known_truth(folder: Path, config: SessionConfig) -> Truth | None:
+    """The true target objects, where the instrument knows them."""
+    microscope = config.driver.build(folder / "instrument", config.base, config.tables.session.seed)
+    try:
+        return microscope.truth(config.perceiver.target_kind) if isinstance(microscope, HasTruth) else None
+    finally:
+        microscope.close()
+
+
+def contract_of(folder: Path, state: State, truth: Truth | None, wall_seconds: float) -> dict[str, Any]:
+    """The machine-readable result of ``run`` and ``resume``."""
+    budget, charged = state.plan.budget, state.charged
+    metered = state.capabilities is not None and state.capabilities.unit == "electrons"
+    found = state.found()
+    result = None
+    if truth is not None:
+        result = score(_positions(state), truth.targets, state.plan.match_nm, [atom.confidence for atom in found])
+    steps = [d.wall_s for d in state.decisions if d.step > 0]
+    stopped = state.stopped
+    return {
+        "session": str(folder),
+        "steps": state.step,
+        "stopped": {
+            "kind": stopped.cause if stopped else "paused",
+            "reason": stopped.reason if stopped else state.paused,
+        },
+        "electrons": {"budget": budget.electrons, "spent": charged.electrons} if metered else None,
+        "pixels": {"budget": budget.pixels, "spent": charged.pixels},
+        "damage": {"budget": budget.damage, "charged": charged.damage, "basis": "none"},
+        "targets": {
+            "found": len(found),
+            "true": result.true if result else None,
+            "precision": result.precision if result else None,
+            "recall": result.recall if result else None,
+        },
+        "step_seconds": {
+            "median": float(np.median(steps)) if steps else None,
+            "p95": float(np.percentile(steps, 95)) if steps else None,
+        },
+        "wall_seconds": wall_seconds,
+        "decisions": [_decision(d) for d in state.decisions if d.decision.kind == "scan"],
+    }
+
+
+def _decision(decided: Decided) -> dict[str, Any]:
+    assert decided.decision.kind == "scan"
+    x, y = decided.decision.regions[0].center_nm
+    return {"step": decided.step, "x_nm": x, "y_nm": y}
+
+
+def _positions(state: State) -> Any:
+    return np.array([(atom.x_nm, atom.y_nm) for atom in state.found()], float).reshape(-1, 2)
+
+
+def _curve(state: State, truth: Truth | None) -> dict[str, list[float]]:
+    """Charge after the overview and after every sub-scan, with the finds and the true finds so far."""
+    charges: list[float] = []
+    finds: list[Any] = []
+    by_key = {scan.key: scan.observation for scan in state.scans}
+    spent = 0
+    for key, record in state.keys.items():
+        spent += record.charge.pixels if record.charge.electrons is None else record.charge.electrons
+        if record.state == "VOID":
+            continue
+        charges.append(float(spent))
+        found = by_key[key].found if key in by_key else ()
+        finds.append(np.array([(a.x_nm, a.y_nm) for a in found], float).reshape(-1, 2))
+    curve = {"charge": charges, "reported": np.cumsum([len(f) for f in finds]).tolist() if finds else []}
+    if truth is not None and len(truth.targets):
+        recall = recall_curve(finds, truth.targets, state.plan.match_nm)
+        curve["matched"] = (recall * len(truth.targets)).round().tolist()
+    return curve
+
+
+def _compare(folder: Path, config: SessionConfig, state: State, kind: str, truth: Truth, device: str) -> dict[str, Any]:
+    """Another policy at the dose of this session, on a fresh copy of the same specimen."""
+    compare = config.tables.compare
+    assert compare is not None
+    raw = {key: value for key, value in config.raw.items() if key not in ("compare", "stop")}
+    raw["policy"] = {"kind": kind}
+    raw["session"] = {**raw["session"], "seed": state.seed, "learn_patches": 0}
+    if not compare.overview:
+        raw.pop("overview", None)
+    if state.stopped is not None and state.stopped.cause != "budget":  # then the dose is what was spent, not the budget
+        spent = state.charged
+        raw["budget"] = {"electrons": spent.electrons} if spent.electrons else {"pixels": spent.pixels}
+    path = folder / "compare" / kind
+    exists = (path / "session.sqlite").exists()
+    session = Session.reopen(path) if exists else Session.create(parse(raw, config.base), path)
+    try:
+        other = session.run(None, device)
+    finally:
+        session.close()
+    contract = contract_of(path, other, truth, 0.0)
+    return {"contract": contract, "curve": _curve(other, truth)}
+
+
+def _lines(folder: Path, state: State, summary: dict[str, Any], unit: str) -> list[str]:
+    """What a person reads last."""
+    contract = summary["contract"]
+    stop = contract["stopped"]
+    lines = [f"stopped after {contract['steps']} sub-scans ({stop['kind']}): {stop['reason']}"]
+    lines.append(_result_line("this session", contract, summary["curve"], unit))
+    for kind, other in summary["comparison"].items():
+        lines.append(_result_line(f"{kind}, fresh copy", other["contract"], other["curve"], unit))
+    for record in state.keys.values():
+        if record.state == "INDET":
+            kept = "frame kept" if record.digests else "frame lost"
+            lines.append(f"step {record.step}: interrupted exposure, charged in full at its bound, {kept}")
+    lines.append(f"report: {folder / 'report.html'}")
+    return lines
+
+
+def _result_line(name: str, contract: dict[str, Any], curve: dict[str, Any], unit: str) -> str:
+    targets = contract["targets"]
+    amount = contract["electrons"]["spent"] if unit == "electrons" else contract["pixels"]["spent"]
+    budget = contract["electrons"]["budget"] if unit == "electrons" else contract["pixels"]["budget"]
+    text = f"{name}: {targets['found']} found"
+    if targets["true"] is not None:
+        matched = curve.get("matched") or [0]
+        precision = "-" if targets["precision"] is None else f"{targets['precision']:.2f}"
+        text += f", {matched[-1]:.0f} of {targets['true']} true ones (precision {precision})"
+    spent = f"{amount:.4g}" if unit == "electrons" else f"{amount}"
+    of = "" if budget is None else f" of {budget:.4g}"
+    return f"{text}; {spent}{of} {unit} charged"
+
+
+def finished_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a session that has been concluded, else None."""
+    path = folder / "summary.json"
+    if not path.is_file() or read_events(folder)[-1].kind not in ("stopped", "decided"):
+        return None
+    summary: dict[str, Any] = json.loads(path.read_bytes())
+    return summary

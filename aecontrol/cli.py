@@ -1,0 +1,199 @@
+"""The command line. Nothing heavy is imported until a command needs it; every error is value, limit, mend.
+
+Exit codes: 0 ended by its own plan; 1 internal error; 2 bad input; 3 stopped early by a safety limit, a latch or an
+unmet precondition; 4 instrument or storage fault.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from aecontrol.errors import AecontrolError, SafetyStop
+
+app = typer.Typer(
+    name="aecontrol",
+    help="Autonomous STEM experiments that pay for every step in dose.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+train_app = typer.Typer(help="Train the networks that are shipped as weights.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout; logs go to stderr")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+SessionFolder = Annotated[Path, typer.Argument(metavar="DIR", help="a session folder")]
+
+
+def main() -> None:
+    """Entry point: errors become messages and exit codes."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app(standalone_mode=False)
+    except AecontrolError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except typer.Abort:
+        sys.exit(3)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # typer's own usage errors
+        if usage is None:
+            raise
+        print(f"error: {usage()}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="a session's TOML file; see configs/")],
+    out: Annotated[Path | None, typer.Option(help="session folder; default runs/NAME-DATE-TIME")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="overrides session.seed")] = None,
+    device: Device = "auto",
+    json_out: Json = False,
+) -> None:
+    """Run an autonomous session."""
+    from aecontrol.config import load
+    from aecontrol.session import Session
+
+    _check_device(device)
+    settings = load(config, seed)
+    folder = out or Path("runs") / f"{settings.tables.session.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    _carry_out(Session.create(settings, folder), device, json_out)
+
+
+@app.command()
+def resume(folder: SessionFolder, device: Device = "auto", json_out: Json = False) -> None:
+    """Go on with a session that was interrupted or killed; a finished one prints its summary."""
+    from aecontrol.session import Session
+
+    _check_device(device)
+    _carry_out(Session.reopen(folder), device, json_out)
+
+
+@app.command()
+def verify(folder: SessionFolder, device: Device = "auto", json_out: Json = False) -> None:
+    """Ask the policy again at every step, and compare both dose ledgers and all stored frames."""
+    from aecontrol.verify import verify_session
+
+    result = verify_session(folder)
+    if json_out:
+        print(json.dumps(result))
+    else:
+        print(f"{result['identical']} of {result['decisions']} decisions are identical")
+        for line in (*result["differences"], *result["notes"]):
+            print(f"  {line}")
+    raise typer.Exit(0 if not result["differences"] else 1)
+
+
+@app.command()
+def report(folder: SessionFolder) -> None:
+    """Write report.html anew from the journal."""
+    from aecontrol.report import write_report
+
+    print(write_report(folder))
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="an image file (npz, npy, TIFF, or what RosettaSciIO reads)")],
+    key: Annotated[str | None, typer.Option(help="which array of an archive")] = None,
+    json_out: Json = False,
+) -> None:
+    """What is in a microscopy file."""
+    from aecontrol.files import read_image
+
+    picture = read_image(file, key)
+    facts: dict[str, Any] = {
+        "file": str(file),
+        "shape": list(picture.array.shape),
+        "dtype": str(picture.array.dtype),
+        "pixel_size_nm": picture.pixel_size_nm,
+        "minimum": float(picture.array.min()),
+        "maximum": float(picture.array.max()),
+        "labels": None if picture.labels is None else len(picture.labels),
+    }
+    print(json.dumps(facts) if json_out else "\n".join(f"{name}: {value}" for name, value in facts.items()))
+
+
+@app.command()
+def schema() -> None:
+    """JSON schema of a session's configuration, with every installed driver, policy and perceiver."""
+    from aecontrol.config import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+
+
+@app.command()
+def doctor(
+    probe: Annotated[
+        bool, typer.Option("--probe", help="import torch in a child process and say what it can use")
+    ] = False,
+    json_out: Json = False,
+) -> None:
+    """What is installed, which weights are there, and how to mend what is missing."""
+    from aecontrol.doctor import examine
+
+    facts = examine(probe)
+    if json_out:
+        print(json.dumps(facts))
+        return
+    for section, entries in facts.items():
+        print(f"{section}:")
+        for name, value in entries.items():
+            print(f"  {name}: {value}")
+
+
+@train_app.command("atoms")
+def train_atoms_command(
+    config: Annotated[Path, typer.Argument(help="a training TOML file; see configs/train_atoms.toml")],
+    out: Annotated[Path, typer.Option(help="folder for weights and model card")] = Path("weights"),
+    json_out: Json = False,
+) -> None:
+    """Train the atom finder on simulated scenes."""
+    from aecontrol.perception.train import train_from_toml
+
+    card = train_from_toml(config, out)
+    print(json.dumps(card) if json_out else f"{out}: {json.dumps(card.get('metrics', card), indent=1)}")
+
+
+def _check_device(device: str) -> None:
+    from aecontrol.errors import BadInput
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise BadInput(f"--device {device!r} is not known", "use auto, cpu or cuda")
+
+
+def _carry_out(session: Any, device: str, json_out: bool) -> None:
+    """Run or finish a session with the live view, then score, compare, report and summarise."""
+    from aecontrol.aftermath import conclude, finished_summary
+    from aecontrol.live import LiveView
+
+    started = time.perf_counter()
+    try:
+        state = session.state
+        summary = finished_summary(session.folder) if state.phase == "stopped" else None
+        if summary is None:
+            with LiveView(session.folder, session.config, quiet=json_out) as view:
+                state = session.run(view.observe, device)
+                wall = time.perf_counter() - started
+                summary = conclude(session.folder, session.config, state, device, wall, view.progress)
+    finally:
+        session.close()
+    if json_out:
+        print(json.dumps(summary["contract"]))
+    else:
+        for line in summary["lines"]:
+            print(line)
+    if state.paused:
+        raise SafetyStop(f"paused: {state.paused}", f"mend it, then `aecontrol resume {session.folder}`")
+    if state.stopped is not None and state.stopped.cause == "safety":
+        raise SafetyStop(state.stopped.reason, "look at the instrument before a new session")

@@ -1,0 +1,111 @@
+"""Is the record true to itself? The policy is asked again at every step; both dose ledgers and all arrays are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aecontrol.dose import Totals
+from aecontrol.errors import StorageFault
+from aecontrol.events import Decided, Perceived, Recorded, Reembedded, SessionEvent
+from aecontrol.exposure import LedgerRecord
+from aecontrol.journal import read_journal
+from aecontrol.machine import Decide, State, TakeOverview, apply, begin, next_command
+from aecontrol.session import config_of, load_array, read_events
+from aecontrol.types import ArrayRef
+
+
+def verify_session(folder: Path) -> dict[str, Any]:
+    """Check a session folder; nothing is exposed or changed.
+
+    Returns ``decisions`` (how many), ``identical`` (how many the policy takes again), ``differences`` (what is not as it
+    should be: another decision, a ledger that disagrees, an array that is gone) and ``notes`` (exposures that were
+    charged in full because a crash lost them). Raises StorageFault when the journal itself is damaged.
+    """
+    events = read_events(folder)
+    policy = config_of(events).policy
+    state = begin(events[0])
+    decisions = identical = 0
+    differences: list[str] = []
+    for event in events[1:]:
+        if isinstance(event, Decided):
+            command = next_command(state)
+            again = None
+            if isinstance(command, Decide):
+                again = policy.decide(command.history, command.candidates, state.seed)
+            elif isinstance(command, TakeOverview):
+                again = command.scan
+            decisions += 1
+            if again == event.decision:
+                identical += 1
+            else:
+                differences.append(
+                    f"step {event.step}: the policy now decides {_short(again)}, not {_short(event.decision)}"
+                )
+        state = apply(state, event)
+    differences += _ledgers(folder, state)
+    differences += _arrays(folder, events)
+    notes = [
+        f"step {r.step}: exposure {r.key[:12]} was interrupted and charged in full "
+        f"({r.charge.electrons if r.charge.electrons is not None else r.charge.pixels}); "
+        + ("its frame was saved" if r.digests else "its frame was lost")
+        for r in state.keys.values()
+        if r.state == "INDET"
+    ]
+    return {"decisions": decisions, "identical": identical, "differences": differences, "notes": notes}
+
+
+def _short(decision: Any) -> str:
+    if decision is None:
+        return "nothing"
+    if decision.kind == "stop":
+        return f"stop ({decision.reason})"
+    x, y = decision.regions[0].center_nm
+    return f"({x:.3f}, {y:.3f}) nm"
+
+
+def _ledgers(folder: Path, state: State) -> Iterator[str]:
+    """Differences between the controller's ledger and the instrument's own, entry by entry."""
+    path = folder / "instrument" / "ledger.sqlite"
+    if not path.is_file():
+        if state.keys:
+            yield "the instrument's ledger is not here to be compared"
+        return
+    last: dict[str, LedgerRecord] = {}
+    for body in read_journal(path):
+        record = LedgerRecord.model_validate_json(body)
+        if record.key is not None:
+            last[record.key] = record
+    for key, record in state.keys.items():
+        theirs = last.pop(key, None)
+        if record.state == "RESERVED":
+            continue  # not yet settled: charged at its bound here, whatever the instrument says
+        if theirs is None or theirs.kind != record.state or theirs.measured != record.measured:
+            said = "nothing" if theirs is None else theirs.kind
+            yield f"step {record.step}: this ledger says {record.state} for {key[:12]}, the instrument's says {said}"
+    for key, theirs in last.items():
+        if theirs.kind != "VOID":
+            yield f"the instrument's ledger has {theirs.kind} for {key[:12]}, which was never reserved here"
+    totals = Totals()
+    for record in state.keys.values():
+        totals = totals.plus(record.charge)
+    if (totals.electrons, totals.pixels) != (state.charged.electrons, state.charged.pixels):
+        yield f"the charges add up to {totals.electrons} electrons, the state says {state.charged.electrons}"
+
+
+def _arrays(folder: Path, events: list[SessionEvent]) -> Iterator[str]:
+    """Stored arrays that are missing or damaged."""
+    for ref in {ref.path: ref for event in events for ref in _refs(event)}.values():
+        try:
+            load_array(folder, ref)
+        except StorageFault as error:
+            yield error.what
+
+
+def _refs(event: SessionEvent) -> Iterator[ArrayRef]:
+    if isinstance(event, Recorded):
+        yield from event.frame.channels.values()
+    if isinstance(event, Perceived | Reembedded):
+        for o in event.observations:
+            yield from (ref for ref in (o.atoms, o.patches, o.patch_atoms, o.latents) if ref is not None)
