@@ -1,4 +1,4 @@
-"""After the last exposure: score the finds against the truth (where one is known), run the comparisons, write the report.
+"""After the last exposure: score the finds against the truth (where one is known), compare, report.
 
 Nothing here can reach the session: it has ended, and the comparisons expose fresh copies of a simulated specimen or of
 a record in folders of their own.
