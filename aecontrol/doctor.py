@@ -15,7 +15,8 @@ from aecontrol.registry import GROUPS, kinds
 _PROBE = """
 import json, torch
 print(json.dumps({"torch": torch.__version__, "cuda": torch.cuda.is_available(),
-    "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads()}))
+    "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu", 
+    "threads": torch.get_num_threads()}))
 """
 
 
@@ -24,7 +25,11 @@ def examine(probe: bool) -> dict[str, Any]:
     core = [_name(r) for r in requires("aecontrol") or () if "extra ==" not in r]
     extras = {_name(r): _extra(r) for r in requires("aecontrol") or () if "extra ==" in r and "'test'" not in r}
     facts: dict[str, Any] = {
-        "system": {"aecontrol": version("aecontrol"), "python": platform.python_version(), "machine": platform.platform()},
+        "system": {
+            "aecontrol": version("aecontrol"),
+            "python": platform.python_version(),
+            "machine": platform.platform(),
+        },
         "packages": {name: _version(name, "pip install -c constraints.txt -e .") for name in core},
         "extras": {
             name: _version(name, f"pip install -c constraints.txt -e '.[{extra}]'") for name, extra in extras.items()
@@ -45,7 +50,7 @@ def _name(requirement: str) -> str:
 
 
 def _extra(requirement: str) -> str:
-    return requirement.split("extra ==")[1].strip().strip("'\\"")
+    return requirement.split("extra ==")[1].strip(" '\"")
 
 
 def _version(name: str, mend: str) -> str:
@@ -57,7 +62,6 @@ def _version(name: str, mend: str) -> str:
 
 def _weights() -> dict[str, str]:
     folder = files("aecontrol.perception") / "weights"
-    found = {
-        item.name: f"{len(item.read_bytes()) / 1e6:.2f} MB" for item in folder.iterdir() if item.name.endswith(".safetensors")
-    }
+    shipped = [item for item in folder.iterdir() if item.name.endswith(".safetensors")]
+    found = {item.name: f"{len(item.read_bytes()) / 1e6:.2f} MB" for item in shipped}
     return found or {"atoms.safetensors": "missing: aecontrol train atoms configs/train_atoms.toml"}

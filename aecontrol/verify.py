@@ -1,4 +1,4 @@
-"""Is the record true to itself? The policy is asked again at every step; both dose ledgers and all arrays are compared."""
+"""Is the record true to itself? The policy is asked again; both ledgers and all arrays are compared."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from aecontrol.types import ArrayRef
 def verify_session(folder: Path) -> dict[str, Any]:
     """Check a session folder; nothing is exposed or changed.
 
-    Returns ``decisions`` (how many), ``identical`` (how many the policy takes again), ``differences`` (what is not as it
-    should be: another decision, a ledger that disagrees, an array that is gone) and ``notes`` (exposures that were
+    Returns ``decisions`` (how many), ``identical`` (how many the policy takes again), ``differences`` (what is not
+    as it should be: another decision, a ledger that disagrees, an array that is gone) and ``notes`` (exposures that were
     charged in full because a crash lost them). Raises StorageFault when the journal itself is damaged.
     """
     events = read_events(folder)
