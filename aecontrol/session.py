@@ -111,9 +111,9 @@ class Session:
         return cls(folder, config, lock, journal, begin(started))
 
     @classmethod
-    def reopen(cls, folder: Path) -> Session:
-        """An existing session, ready to go on. Raises BadInput or StorageFault when there is none, it is in use, or its
-        journal is damaged."""
+    def reopen(cls, folder: Path, config: SessionConfig | None = None) -> Session:
+        """An existing session, ready to go on. ``config``: parts to use in place of those that the journal names.
+        Raises BadInput or StorageFault when there is none, it is in use, or its journal is damaged."""
         if not (folder / "session.sqlite").is_file():
             raise BadInput(f"{folder} holds no session", "give the folder that `aecontrol run` made")
         lock = FolderLock(folder)
@@ -122,7 +122,7 @@ class Session:
             lock.release()
             raise BadInput(f"{folder} was made but its session never began", "delete it and run again")
         events = [decode_event(body) for body in journal.bodies]
-        session = cls(folder, config_of(events), lock, journal, fold(events))
+        session = cls(folder, config or config_of(events), lock, journal, fold(events))
         if session.state.phase != "stopped":
             session._record(Resumed())
         return session

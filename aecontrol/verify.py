@@ -20,8 +20,8 @@ def verify_session(folder: Path) -> dict[str, Any]:
     """Check a session folder; nothing is exposed or changed.
 
     Returns ``decisions`` (how many), ``identical`` (how many the policy takes again), ``differences`` (what is not
-    as it should be: another decision, a ledger that disagrees, an array that is gone) and ``notes`` (exposures that were
-    charged in full because a crash lost them). Raises StorageFault when the journal itself is damaged.
+    as it should be: another decision, a ledger that disagrees, an array that is gone) and ``notes`` (exposures
+    that were charged in full because a crash interrupted them). Raises StorageFault when the journal itself is damaged.
     """
     events = read_events(folder)
     policy = config_of(events).policy
