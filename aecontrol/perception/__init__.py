@@ -1,0 +1,1 @@
+"""What the frames mean: atoms, lattices, defects, embeddings and scalar targets."""

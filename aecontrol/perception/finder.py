@@ -1,0 +1,183 @@
+"""Where the atoms are: network heat map, decoded to centres, refined by a joint fit on the counts themselves."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecontrol.errors import BadInput
+
+from . import refine, sampling
+
+if TYPE_CHECKING:
+    from .unet import UNet
+
+Floats = NDArray[np.float64]
+
+HEAT_SIGMA_NM = 0.035
+"""Width of the Gaussian that the network is trained to put on each centre (METHODS 5.1)."""
+GATHER_NM = 0.075
+"""Heat within this radius of a peak belongs to its atom: about half the closest spacing known here (C-C, 0.142 nm)."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Atoms (columns) of one image, n of them, brightest heat first.
+
+    Positions are fractional pixels of the given image: the centre of pixel [0, 0] is (0.5, 0.5). Image units are those
+    of the image: counts, if it holds counts.
+    """
+
+    x_px: Floats
+    y_px: Floats
+    confidence: Floats
+    """[n] expected number of atoms near the peak according to the network, at most 1."""
+    sigma_x: Floats
+    """[n] standard error of x, px (inverse Fisher information with the atom's intensity free; neighbours fixed)."""
+    sigma_y: Floats
+    """[n] standard error of y, px."""
+    intensity: Floats
+    """[n] background-subtracted integral of the fitted Gaussian: image units summed over pixels."""
+    sigma_intensity: Floats
+    """[n] standard error of ``intensity``."""
+    background: float
+    """Mean fitted background per pixel, image units."""
+    blur_nm: float | None
+    """Standard deviation of the Gaussian common to all columns, nm; None when nothing was found."""
+
+    def __len__(self) -> int:
+        return len(self.x_px)
+
+
+class AtomFinder:
+    """Finds atoms and atomic columns in HAADF-like images (bright on dark) of any gain and offset."""
+
+    def __init__(self, weights: Path | None = None, device: str = "cpu") -> None:
+        """``weights``: a safetensors file as ``train_atoms`` writes; None: the shipped ones. Raises BadInput when the
+        file cannot be read as such."""
+        self._source = str(weights) if weights else "the shipped weights"
+        try:
+            self._weights = (
+                weights.read_bytes()
+                if weights
+                else files(__package__).joinpath("weights/atoms.safetensors").read_bytes()
+            )
+        except OSError as error:
+            raise BadInput(f"{self._source} cannot be read: {error}", "run `aecontrol train atoms`") from error
+        self._device = device
+
+    @property
+    def version(self) -> str:
+        """Hash of the weights."""
+        return hashlib.sha256(self._weights).hexdigest()
+
+    @cached_property
+    def _net(self) -> UNet:
+        import torch
+        from safetensors import SafetensorError
+
+        from . import unet
+
+        try:
+            net = unet.load(self._weights)
+        except (SafetensorError, KeyError, RuntimeError) as error:
+            raise BadInput(
+                f"{self._source}: not the weights of this network: {error}", "run `aecontrol train atoms`"
+            ) from error
+        return net.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # overload missing in stubs
+
+    def find(self, image: NDArray[np.generic], pixel_size_nm: tuple[float, float], threshold: float = 0.5) -> Found:
+        """Atoms of ``image`` [rows, cols] with pixels ``pixel_size_nm`` (x, y) whose confidence is at least ``threshold``.
+
+        Deterministic; does not depend on the image's gain and offset. Raises BadInput for an image that is not 2-D,
+        not finite, too coarse (0.13 nm) or too small (0.24 nm).
+        """
+        resampled = sampling.resample(image, pixel_size_nm)
+        heat = self._heat(resampled)
+        scale_y, scale_x = resampled.scale
+        pixel_yx = (pixel_size_nm[1] * scale_y, pixel_size_nm[0] * scale_x)
+        rows, cols, confidence = decode(heat, pixel_yx, threshold)
+        bin_y, bin_x = resampled.bins
+        fit = refine.refine(
+            resampled.binned,
+            cols * scale_x / bin_x,
+            rows * scale_y / bin_y,
+            (pixel_size_nm[0] * bin_x, pixel_size_nm[1] * bin_y),
+        )
+        return Found(
+            x_px=fit.x * bin_x,
+            y_px=fit.y * bin_y,
+            confidence=confidence,
+            sigma_x=fit.sigma_x * bin_x,
+            sigma_y=fit.sigma_y * bin_y,
+            intensity=fit.intensity,
+            sigma_intensity=fit.sigma_intensity,
+            background=fit.background / (bin_x * bin_y),
+            blur_nm=fit.blur_nm,
+        )
+
+    def heat_map(
+        self, image: NDArray[np.generic], pixel_size_nm: tuple[float, float]
+    ) -> tuple[NDArray[np.float32], tuple[float, float]]:
+        """The network's heat map of ``image`` on its own grid, and the original pixels per heat pixel (y, x).
+
+        Divided by ``heat_per_atom``, a sum of heat over an area is the expected number of atoms in it. Raises like
+        :meth:`find`.
+        """
+        resampled = sampling.resample(image, pixel_size_nm)
+        return self._heat(resampled), resampled.scale
+
+    def _heat(self, resampled: sampling.Resampled) -> NDArray[np.float32]:
+        import torch
+
+        from . import unet
+
+        return unet.probability(self._net, torch.from_numpy(resampled.image).to(self._device)).cpu().numpy()
+
+
+def heat_per_atom(pixel_yx_nm: tuple[float, float]) -> float:
+    """Sum of the heat map of one certain atom: the integral of its unit-height Gaussian, in pixels."""
+    return 2 * np.pi * HEAT_SIGMA_NM**2 / (pixel_yx_nm[0] * pixel_yx_nm[1])
+
+
+def decode(
+    heat: NDArray[np.float32], pixel_yx_nm: tuple[float, float], threshold: float
+) -> tuple[Floats, Floats, Floats]:
+    """Rows, columns (fractional, pixel centres at +1/2) and confidence of the peaks of a heat map, brightest first.
+
+    A peak is the largest value of the slightly smoothed heat within ``GATHER_NM``/2. Its confidence is the heat within
+    ``GATHER_NM`` over what one certain atom puts there: because the network regresses the heat, that is the expected
+    number of atoms there even where their position is uncertain. Its position is the heat's centroid there.
+    """
+    from scipy.ndimage import convolve, gaussian_filter, maximum_filter
+
+    reach = [int(np.ceil(GATHER_NM / p)) for p in pixel_yx_nm]
+    dy, dx = np.mgrid[-reach[0] : reach[0] + 1, -reach[1] : reach[1] + 1]
+    distance = np.hypot(dy * pixel_yx_nm[0], dx * pixel_yx_nm[1])
+    disc = (distance <= GATHER_NM).astype(np.float32)
+    certain = (np.exp(-0.5 * (distance / HEAT_SIGMA_NM) ** 2) * disc).sum()
+    # an atom on the rim has only part of its disc inside: compare with the part of a certain atom that is inside
+    inside = convolve(
+        np.ones_like(heat),
+        (np.exp(-0.5 * (distance / HEAT_SIGMA_NM) ** 2) * disc / certain).astype(np.float32),
+        mode="constant",
+    )
+    score = convolve(heat, disc / certain, mode="constant") / inside
+    smooth = gaussian_filter(heat, [0.02 / p for p in pixel_yx_nm], mode="constant")
+    near = distance <= 0.5 * GATHER_NM + 1e-9
+    peaks = (smooth == maximum_filter(smooth, footprint=near, mode="constant")) & (score >= threshold) & (smooth > 0.02)
+    rows, cols = np.nonzero(peaks)
+    order = np.argsort(-smooth[rows, cols], kind="stable")
+    rows, cols = rows[order], cols[order]
+    confidence = np.clip(score[rows, cols], 0.0, 1.0).astype(np.float64)
+    padded = np.pad(heat.astype(np.float64), ((reach[0],) * 2, (reach[1],) * 2))
+    window = padded[(rows + reach[0])[:, None, None] + dy, (cols + reach[1])[:, None, None] + dx] * disc
+    mass = window.sum((1, 2)) + 1e-12
+    return rows + 0.5 + (window * dy).sum((1, 2)) / mass, cols + 0.5 + (window * dx).sum((1, 2)) / mass, confidence
