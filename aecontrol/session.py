@@ -92,22 +92,25 @@ class Session:
         except OSError as error:
             raise BadInput(f"{folder} cannot be made: {error}", "give another folder with --out") from error
         lock = FolderLock(folder)
-        if (folder / "session.sqlite").exists():
+        try:
+            if (folder / "session.sqlite").exists():
+                raise BadInput(f"{folder} already holds a session", "`aecontrol resume` it, or give another folder")
+            for name in ("frames", "models", "instrument"):
+                (folder / name).mkdir(exist_ok=True)
+            started = SessionStarted(
+                session=uuid.uuid4().hex,
+                seed=config.tables.session.seed,
+                config=dict(config.raw),
+                base=str(config.base),
+                plan=config.plan,
+                version=__version__,
+                created_unix_s=time.time(),
+            )
+            journal = Journal(folder / "session.sqlite")
+            journal.append(started.model_dump_json())
+        except BaseException:
             lock.release()
-            raise BadInput(f"{folder} already holds a session", "`aecontrol resume` it, or give another folder")
-        for name in ("frames", "models", "instrument"):
-            (folder / name).mkdir(exist_ok=True)
-        started = SessionStarted(
-            session=uuid.uuid4().hex,
-            seed=config.tables.session.seed,
-            config=dict(config.raw),
-            base=str(config.base),
-            plan=config.plan,
-            version=__version__,
-            created_unix_s=time.time(),
-        )
-        journal = Journal(folder / "session.sqlite")
-        journal.append(started.model_dump_json())
+            raise
         return cls(folder, config, lock, journal, begin(started))
 
     @classmethod
@@ -117,14 +120,17 @@ class Session:
         if not (folder / "session.sqlite").is_file():
             raise BadInput(f"{folder} holds no session", "give the folder that `aecontrol run` made")
         lock = FolderLock(folder)
-        journal = Journal(folder / "session.sqlite")
-        if not journal.bodies:
+        try:
+            journal = Journal(folder / "session.sqlite")
+            if not journal.bodies:
+                raise BadInput(f"{folder} was made but its session never began", "delete it and run again")
+            events = [decode_event(body) for body in journal.bodies]
+            session = cls(folder, config or config_of(events), lock, journal, fold(events))
+            if session.state.phase != "stopped":
+                session._record(Resumed())
+        except BaseException:
             lock.release()
-            raise BadInput(f"{folder} was made but its session never began", "delete it and run again")
-        events = [decode_event(body) for body in journal.bodies]
-        session = cls(folder, config or config_of(events), lock, journal, fold(events))
-        if session.state.phase != "stopped":
-            session._record(Resumed())
+            raise
         return session
 
     def run(self, observer: Observer | None = None, device: str = "auto") -> State:

@@ -44,7 +44,7 @@ def verify_session(folder: Path) -> dict[str, Any]:
                     f"step {event.step}: the policy now decides {_short(again)}, not {_short(event.decision)}"
                 )
         state = apply(state, event)
-    differences += _ledgers(folder, state)
+    differences += compare_ledgers(folder, state)
     differences += _arrays(folder, events)
     notes = [
         f"step {r.step}: exposure {r.key[:12]} was interrupted and charged in full "
@@ -65,7 +65,7 @@ def _short(decision: Any) -> str:
     return f"({x:.3f}, {y:.3f}) nm"
 
 
-def _ledgers(folder: Path, state: State) -> Iterator[str]:
+def compare_ledgers(folder: Path, state: State) -> Iterator[str]:
     """Differences between the controller's ledger and the instrument's own, entry by entry."""
     path = folder / "instrument" / "ledger.sqlite"
     if not path.is_file():

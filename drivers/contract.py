@@ -27,7 +27,7 @@ def a_key(name: str) -> str:
 
 
 class MicroscopeContract:
-    """Inherit, implement ``open``, and pytest runs the rest. Opening the same folder twice must be the same instrument."""
+    """Inherit, implement ``open``, and pytest runs the rest."""
 
     region_shape = (8, 12)
     dwell_time_s = 1e-6

@@ -1,0 +1,200 @@
+"""The guard: whatever a policy says and wherever the process dies, delivered <= charged <= budget.
+
+The column is an independent electron counter that survives the process. A schedule is a list of failpoint crossings
+at which the process dies: failpoints lie before and after every journal append of both ledgers, between the lines of
+every pulse, and after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aecontrol.dose import TileMap
+from aecontrol.errors import AecontrolError, BadInput
+from aecontrol.events import Resumed
+from aecontrol.exposure import InterlockLimits, KeyRecord, absorb
+from aecontrol.journal import Journal
+from aecontrol.machine import apply, fold
+from aecontrol.session import Session, read_events
+from aecontrol.types import Budget, Charge
+from aecontrol.verify import compare_ledgers
+from drivers.faults import Crash
+from drivers.instrument import Instrument
+
+from .parts import CountingColumn, Reckless, configuration
+
+RAM = Path("/dev/shm") if Path("/dev/shm").is_dir() else None  # 2000 schedules would wear out a disk for nothing
+
+
+class Failpoints:
+    """Counts crossings and ends the process at the scheduled ones."""
+
+    def __init__(self, schedule: set[int]) -> None:
+        self.schedule, self.crossed, self.armed = schedule, 0, False
+
+    def cross(self) -> None:
+        if not self.armed:
+            return
+        self.crossed += 1
+        if self.crossed in self.schedule:
+            raise Crash
+
+
+def check(folder: Path, column: CountingColumn, budget: Budget) -> None:
+    """Delivered <= charged <= budget, in electrons and per tile; no intent fired twice."""
+    state = fold(read_events(folder))
+    assert column.meter <= state.charged.electrons <= budget.electrons
+    assert len(column.shots) == len(set(column.shots)), "the column was fired twice for one shot"
+    fired = [record.step for record in state.keys.values() if record.state in ("POST", "INDET")]
+    assert len(fired) == len(set(fired)), "an intent fired twice"
+    if state.tiles is not None:
+        for (x, y), fluence in column.tiles.items():
+            bound = state.tiles.fluence[y + 2, x + 2]
+            assert fluence <= bound * (1 + 1e-9) <= budget.peak_fluence_e_per_A2 * (1 + 1e-9)
+
+
+def survive(policy_seed: int, schedule: set[int], budget: Budget, server: Budget) -> None:
+    """Run a session to its end through every crash of the schedule; check after each."""
+    folder = Path(tempfile.mkdtemp(dir=RAM))
+    points = Failpoints(schedule)
+    column = CountingColumn(on_line=points.cross)
+    config = configuration(Reckless(policy_seed), column, budget, limits=InterlockLimits(budget=server))
+    append = Journal.append
+
+    def failing_append(journal: Journal, body: str) -> None:
+        points.cross()
+        append(journal, body)
+        points.cross()
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "append", failing_append)
+            session = Session.create(config, folder / "s")
+            points.armed = True
+            while True:
+                try:
+                    session = session or Session.reopen(folder / "s", config)
+                    session.run()
+                    break
+                except Crash:
+                    if session is not None:
+                        session.close()
+                        session = None
+                check(folder / "s", column, budget)
+            state = session.state
+            session.close()
+        assert state.phase == "stopped"
+        assert all(record.state != "RESERVED" for record in state.keys.values()), "a key was left unsettled"
+        assert list(compare_ledgers(folder / "s", state)) == []
+        check(folder / "s", column, budget)
+        if not schedule & set(range(1, points.crossed + 1)):
+            assert state.charged.electrons == column.meter, "without a crash the ledger is exact"
+    finally:
+        shutil.rmtree(folder)
+
+
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(
+    policy_seed=st.integers(0, 2**32 - 1),
+    schedule=st.sets(st.integers(1, 160), max_size=6),
+    budget=st.integers(20_000, 400_000),
+    server=st.one_of(st.none(), st.integers(20_000, 400_000)),
+    peak=st.floats(150, 3_000),
+)
+def test_delivered_is_at_most_charged_is_at_most_the_budget(policy_seed, schedule, budget, server, peak):
+    """2 000 schedules of a reckless policy with crashes everywhere."""
+    limits = Budget(electrons=budget, peak_fluence_e_per_A2=peak)
+    with contextlib.suppress(BadInput):  # a budget below the overview is refused before any dose
+        survive(policy_seed, schedule, limits, Budget(electrons=server))
+
+
+# ---------------------------------------------------------------- a checker never seen to fail proves nothing
+
+
+def _charge_nothing_for_indet(patch):
+    honest = KeyRecord.charge.fget
+    zero = Charge(electrons=0, pixels=0, seconds=0.0)
+    patch.setattr(KeyRecord, "charge", property(lambda r: zero if r.state == "INDET" else honest(r)))
+
+
+def _fire_before_firing_is_written(patch):
+    write = Instrument._write
+
+    def late(self, record):
+        if record.kind == "FIRING":
+            self._ledger = absorb(self._ledger, record)
+            self._column.fire(len(self._ledger.fired) - 1, record.region)
+        write(self, record)
+
+    patch.setattr(Instrument, "_write", late)
+
+
+def _fresh_key_after_a_crash(patch):
+    def forget(state, event):
+        after = apply(state, event)
+        if isinstance(event, Resumed) and after.unsettled:
+            return replace(after, unsettled=False, phase="decided", attempt=after.attempt + 1)
+        return after
+
+    patch.setattr("aecontrol.session.apply", forget)
+    patch.setattr("aecontrol.machine.apply", forget)
+
+
+def _no_guard(patch):
+    patch.setattr("aecontrol.machine.refusal", lambda state, region, bound: None)
+
+
+def _no_areal_guard(patch):
+    patch.setattr(TileMap, "peak_after", lambda self, region, added: 0.0)
+
+
+def _charge_what_was_planned_not_delivered(patch):
+    honest = KeyRecord.charge.fget
+    patch.setattr(
+        KeyRecord,
+        "charge",
+        property(
+            lambda r: r.bound.model_copy(update={"electrons": r.bound.electrons * 9 // 10}) if r.measured else honest(r)
+        ),
+    )
+
+
+def _no_deduplication(patch):
+    patch.setattr("aecontrol.machine.candidate_index", lambda state, region: -1)
+    patch.setattr("drivers.instrument.on_cancel", lambda ledger, key: None)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        _charge_nothing_for_indet,
+        _fire_before_firing_is_written,
+        _fresh_key_after_a_crash,
+        _no_guard,
+        _no_areal_guard,
+        _charge_what_was_planned_not_delivered,
+        _no_deduplication,
+    ],
+)
+def test_each_deliberate_defect_is_caught(mutate):
+    """Deliberate defects of the protocol are noticed by the same checks within 300 schedules."""
+    random = np.random.default_rng(7)
+    with pytest.MonkeyPatch.context() as patch:
+        mutate(patch)
+        for _ in range(300):
+            schedule = {int(n) for n in random.integers(1, 160, int(random.integers(0, 7)))}
+            budget = Budget(electrons=int(random.integers(60_000, 400_000)), peak_fluence_e_per_A2=1000.0)
+            try:
+                survive(int(random.integers(2**32)), schedule, budget, Budget())
+            except (AssertionError, AecontrolError, KeyError):
+                return
+    pytest.fail("300 schedules did not notice the defect")
