@@ -140,7 +140,10 @@ class Instrument:
         entry = self._ledger.entries.get(key)
         if entry is None or not entry.digests:
             raise InstrumentFault(f"there is no frame for key {key[:12]}")
-        meta = json.loads(self._meta_path(key).read_bytes())
+        try:
+            meta = json.loads(self._meta_path(key).read_bytes())
+        except (OSError, ValueError) as error:
+            raise InstrumentFault(f"the frame of {key[:12]} is no longer in the spool: {error}") from error
         channels = {name: load_npy(self._channel_bytes(key, name, sha), name) for name, sha in entry.digests.items()}
         flags = tuple(meta["flags"])
         measured = entry.measured
