@@ -197,3 +197,7 @@ def _carry_out(session: Any, device: str, json_out: bool) -> None:
         raise SafetyStop(f"paused: {state.paused}", f"mend it, then `aecontrol resume {session.folder}`")
     if state.stopped is not None and state.stopped.cause == "safety":
         raise SafetyStop(state.stopped.reason, "look at the instrument before a new session")
+
+
+if __name__ == "__main__":
+    main()
