@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aecontrol.errors import AecontrolError, SafetyStop
+from aecontrol.errors import AecontrolError, BadInput, SafetyStop
 
 app = typer.Typer(
     name="aecontrol",
@@ -166,8 +166,6 @@ def train_atoms_command(
 
 
 def _check_device(device: str) -> None:
-    from aecontrol.errors import BadInput
-
     if device not in ("auto", "cpu", "cuda"):
         raise BadInput(f"--device {device!r} is not known", "use auto, cpu or cuda")
 
@@ -186,6 +184,10 @@ def _carry_out(session: Any, device: str, json_out: bool) -> None:
                 state = session.run(view.observe, device)
                 wall = time.perf_counter() - started
                 summary = conclude(session.folder, session.config, state, device, wall, view.progress)
+    except BadInput:
+        if not session.state.keys:
+            session.discard()
+        raise
     finally:
         session.close()
     if json_out:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -82,6 +82,7 @@ class SessionConfig:
     policy: Policy
     raw: Mapping[str, Any]
     base: Path
+    text: str = ""  # the file as its author wrote it
 
     @property
     def plan(self) -> Plan:
@@ -132,12 +133,14 @@ def parse(raw: Mapping[str, Any], base: Path) -> SessionConfig:
 def load(path: Path, seed: int | None = None) -> SessionConfig:
     """Read a session's configuration; ``seed`` overrides its own. Raises BadInput."""
     raw = read_toml(path)
+    text = path.read_text(encoding="utf-8")
     if seed is not None:
         session = raw.get("session")
         if not isinstance(session, dict):
             raise BadInput("[session] is missing", "add [session] with a name and match_nm")
         session["seed"] = seed
-    return parse(raw, path.resolve().parent)
+        text = f"# run with --seed {seed}, which overrides session.seed below\n{text}"
+    return replace(parse(raw, path.resolve().parent), text=text)
 
 
 def json_schema() -> dict[str, Any]:

@@ -106,6 +106,7 @@ class Session:
                 version=__version__,
                 created_unix_s=time.time(),
             )
+            write_durable(folder / "config.toml", config.text.encode())
             journal = Journal(folder / "session.sqlite")
             journal.append(started.model_dump_json())
         except BaseException:
@@ -155,6 +156,14 @@ class Session:
             if effects:
                 effects.close()
         return self.state
+
+    def discard(self) -> None:
+        """Remove a session that was refused before it reserved anything, so that the folder can be used again."""
+        assert not self.state.keys
+        for name in ("session.sqlite", "session.sqlite-wal", "session.sqlite-shm", "config.toml"):
+            (self.folder / name).unlink(missing_ok=True)
+        for name in ("frames", "models", "instrument"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def close(self) -> None:
         """Close the journal and let another run in."""
