@@ -24,6 +24,7 @@ MARGIN_NM = 1.0
 """How far the lattice goes on beyond the field, nm."""
 THERMAL_RMS_A = {6: 0.06, 7: 0.06, 14: 0.07, 16: 0.07, 42: 0.06}
 """Root-mean-square thermal displacement per axis near 300 K by atomic number, angstrom (assumed, not measured)."""
+TARGET_KINDS = ("atom", "vacancy")
 SYMBOLS = {6: "C", 7: "N", 14: "Si", 16: "S", 42: "Mo"}
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -62,7 +63,7 @@ class Specimen:
         S column short of an S, labelled by what is left, 'S1' or 'S0', or every vacant C site, 'V1' or (one of a
         divacancy) 'V2'. Raises BadInput for another kind.
         """
-        if kind not in ("atom", "vacancy"):
+        if kind not in TARGET_KINDS:
             raise BadInput(f"this specimen has no target objects of kind {kind!r}", "ask for 'atom' or 'vacancy'")
         _, first, inverse = np.unique(self.column_id, return_index=True, return_inverse=True)
         left = np.bincount(inverse, weights=self.alive).astype(int)
