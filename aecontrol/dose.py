@@ -18,6 +18,7 @@ from aecontrol.units import electrons_per_second, fluence_e_per_A2
 
 TILE_NM = 1.0
 _DILATION_NM = 1.0  # probe tails and small drift: tiles this far outside the region are charged too
+_GRID_TOLERANCE = 1e-4  # of a record pixel
 _EDGE_NM = 1e-6  # rounding of a region that was computed to end exactly at the field's edge
 
 
@@ -129,13 +130,30 @@ def outside_field(region: ScanRegion, field_nm: tuple[float, float]) -> str | No
     return None
 
 
+def off_grid(region: ScanRegion, pixel_nm: float) -> str | None:
+    """Why a record with pixels of ``pixel_nm`` cannot answer for ``region``, or None: it holds no other rotation, no
+    finer pixels, and nothing between its own."""
+    if region.rotation_rad != 0.0:
+        return f"a record cannot be turned by {region.rotation_rad:g} rad; use rotation_rad = 0"
+    for side, name in ((0, "x"), (1, "y")):
+        step = region.pixel_size_nm[side] / pixel_nm
+        start = (region.center_nm[side] - region.fov_nm[side] / 2) / pixel_nm
+        if round(step) < 1 or abs(step - round(step)) > _GRID_TOLERANCE:
+            return f"pixels of {step:g} record pixels along {name}; a record has whole multiples of {pixel_nm:g} nm"
+        if abs(start - round(start)) > _GRID_TOLERANCE:
+            return f"the region starts at {start:g} record pixels along {name}, between two of them"
+    return None
+
+
 def over_limits(region: ScanRegion, capabilities: Capabilities) -> str | None:
-    """Why the instrument cannot scan ``region`` (field, dwell time, frame size), or None."""
+    """Why the instrument cannot scan ``region`` (field, dwell time, frame size, a record's pixel grid), or None."""
     low, high = capabilities.dwell_time_range_s
     if not low <= region.dwell_time_s <= high:
         return f"dwell time {region.dwell_time_s:g} s is outside {low:g}..{high:g} s"
     if region.pixels > capabilities.max_pixels:
         return f"{region.pixels} pixels are more than the largest frame, {capabilities.max_pixels}"
+    if capabilities.pixel_size_nm is not None and (reason := off_grid(region, capabilities.pixel_size_nm)):
+        return reason
     return outside_field(region, capabilities.field_nm)
 
 
