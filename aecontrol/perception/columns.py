@@ -18,8 +18,9 @@ from aecontrol.perception.lattice import Lattice, Sites, fold, pixel_fractions
 
 Array = NDArray[np.float64]
 
-TAIL_RATIO = 2.8
-"""Width of the second Gaussian of the spot over that of the first (a choice that follows an Airy disc with tails)."""
+TAIL_RATIO = 2.0
+"""Width of the second Gaussian of the spot over that of the first. A choice: wider ones look like background at the
+spacing of a crystal, and this one also follows a probe 4 nm out of focus."""
 _REACH_NM = 0.26
 """Half width of the window in which a spot is drawn, nm; beyond it the spot is background."""
 SITE_MARGIN_NM = 0.12
@@ -56,12 +57,12 @@ def fit_mean_cell(image: Array, pixel_size_nm: tuple[float, float], lattice: Lat
         design = np.column_stack([(weight * column).ravel() for column in (np.ones_like(cell), *spots)])
         target = (weight * cell).ravel()
         linear = np.linalg.lstsq(design, target, rcond=None)[0]
-        # A weak prior on the spot (core 0.045 nm within a factor 1.6, tail near 0.15) holds it where counts are few.
-        prior = ((parameters[0] - math.log(0.045)) / 0.5) ** 2 + ((parameters[1] + 0.85) / 1.5) ** 2
+        # A weak prior on the spot (core 0.045 nm within a factor 1.6, tail near 0.1) holds it where counts are few.
+        prior = ((parameters[0] - math.log(0.045)) / 0.5) ** 2 + ((parameters[1] + 1.4) / 1.0) ** 2
         noise = max(float(image.mean()) / max(float(number.mean()), 1.0), 1e-300)
         return float(((design @ linear - target) ** 2).sum()) / noise + prior, linear
 
-    start = np.array([math.log(0.045), -0.85])
+    start = np.array([math.log(0.045), -1.4])
     simplex = start + np.array([[0.0, 0.0], [0.25, 0.0], [0.0, 0.8]])
     best = minimize(
         lambda p: solve(p)[0],
@@ -98,6 +99,11 @@ def cell_spot(lattice: Lattice, offset: Array, sigma_nm: float, tail: float, bin
     shift = 0.5 / bins - np.asarray(offset)
     phase = np.exp(2j * np.pi * (h * shift[0] + k * shift[1]))
     return np.asarray(np.fft.ifft2(envelope * phase).real * bins * bins / lattice.cell_area_nm2)
+
+
+def spot_height(sigma_nm: float, tail: float) -> float:
+    """Peak of one spot of integral 1 nm^2, 1/nm^2."""
+    return ((1 - tail) + tail / TAIL_RATIO**2) / (2 * math.pi * sigma_nm**2)
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,7 @@ def fit_columns(image: Array, pixel_size_nm: tuple[float, float], lattice: Latti
     n, k = spots.index.shape
     design = csr_matrix((spots.share.ravel(), spots.index.ravel(), np.arange(0, n * k + 1, k)), (n, image.size))
     weighted = design @ diags(1 / variance)
-    plane = _plane(image.shape)
+    plane = plane_terms(image.shape)
     # Weak priors (the mean cell, 100 %) keep columns determinate that lie mostly outside of the frame.
     mean = np.where(sites.monitored, cell.monitored, cell.reference)
     spread = np.maximum(mean, 1e-9)
@@ -222,7 +228,7 @@ def sublattice_images(
     return drawn[0][i, j], drawn[1][i, j]
 
 
-def _plane(shape: tuple[int, int]) -> Array:
+def plane_terms(shape: tuple[int, int]) -> Array:
     """Constant, x and y slope over the frame, each of order one: [pixels, 3]."""
     y, x = np.meshgrid(np.linspace(-1, 1, shape[0]), np.linspace(-1, 1, shape[1]), indexing="ij")
     return np.column_stack([np.ones(x.size), x.ravel(), y.ravel()])

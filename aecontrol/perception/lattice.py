@@ -40,6 +40,10 @@ class LatticeHint(Model):
         ("S0", "S1", "S2"), description="labels of a monitored column that holds 0, 1 and 2 atoms"
     )
 
+    monitored_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.28, description="share of a cell's integrated intensity in its monitored column (Z^1.7: 2 S of MoS2, 0.28)"
+    )
+
     @model_validator(mode="after")
     def _known_labels(self) -> LatticeHint:
         for label in (self.reference, *self.columns):
@@ -90,6 +94,12 @@ class Lattice:
     def cell_area_nm2(self) -> float:
         """Area of one unit cell, nm^2."""
         return abs(float(np.linalg.det(self.vectors_nm)))
+
+    @property
+    def site_sigma_nm(self) -> float:
+        """Standard error per axis of a predicted site: the atoms' residual over the root of those averaged locally."""
+        averaged = 4 * math.pi * self.kernel_nm**2 * 2 / self.cell_area_nm2
+        return self.residual_nm / math.sqrt(max(averaged, 1.0))
 
     def fractional(self, xy_nm: Array) -> Array:
         """Positions [n, 2] nm as multiples of the lattice vectors [n, 2], the local distortion taken out."""
