@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from aecontrol.config import SessionConfig, parse
+from aecontrol.dose import bound_charge
 from aecontrol.durable import write_durable
 from aecontrol.events import Decided
 from aecontrol.machine import State
 from aecontrol.protocols import HasTruth, Truth
 from aecontrol.scoring import recall_curve, score
 from aecontrol.session import Session, read_events
+from aecontrol.types import ScanRegion
 
 Progress = Callable[[str], None]
 
@@ -47,6 +49,7 @@ def conclude(
         "unit": unit,
         "curve": _curve(state, truth),
         "comparison": comparison,
+        "oracle": _oracle(state, truth) if comparison and truth is not None else None,
         "electrons_delivered": None if truth is None else truth.electrons_delivered,
         "truth": None if truth is None else {"positions_nm": truth.targets.tolist(), "labels": list(truth.labels)},
     }
@@ -152,6 +155,36 @@ def _compare(folder: Path, config: SessionConfig, state: State, kind: str, truth
         session.close()
     contract = contract_of(path, other, truth, 0.0)
     return {"contract": contract, "curve": _curve(other, truth)}
+
+
+def _oracle(state: State, truth: Truth) -> dict[str, list[float]]:
+    """Charge and finds of one who knows the truth and sees every object in a window: most unseen objects first, no
+    overview, the same windows and budget. A bound in practice, for the plots; it never takes part in a session."""
+    assert state.capabilities is not None
+    left = np.ones(len(truth.targets), bool)
+    inside = np.array([_inside(region, truth.targets) for region in state.candidates])
+    charges = [bound_charge(region, state.capabilities) for region in state.candidates]
+    cost = np.array([c.pixels if c.electrons is None else c.electrons for c in charges], float)
+    budget = state.plan.budget.pixels if charges[0].electrons is None else state.plan.budget.electrons
+    waiting = np.ones(len(cost), bool)
+    curve: dict[str, list[float]] = {"charge": [], "matched": []}
+    spent = 0.0
+    while waiting.any():
+        index = int(np.argmax(np.where(waiting, (inside & left).sum(axis=1), -1)))
+        spent += cost[index]
+        if budget is not None and spent > budget:
+            break
+        waiting[index], left = False, left & ~inside[index]
+        curve["charge"].append(spent)
+        curve["matched"].append(float((~left).sum()))
+    return curve
+
+
+def _inside(region: ScanRegion, positions_nm: Any) -> Any:
+    """Which positions [n, 2] lie in a region that is not turned (candidates never are)."""
+    offset = positions_nm - np.array(region.center_nm)
+    half = np.array(region.fov_nm) / 2
+    return ((offset >= -half) & (offset < half)).all(axis=1)
 
 
 def _lines(folder: Path, state: State, summary: dict[str, Any], unit: str) -> list[str]:
