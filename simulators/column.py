@@ -1,13 +1,13 @@
-"""The simulated column: a specimen larger than any scan, which remembers every electron it was given.
+"""The simulated column: a specimen larger than the field, a beam, a detector and a clock, as one object that fires.
 
-Its state (fluence at every atom, which atoms are left, the clock, the meter) is a pure function of the seed and of the
-shots in order, whether they were fired here or are absorbed from an earlier process.
+Its state is a pure function of the settings, the seed and the list of exposures: a column that *absorbs* what an
+earlier process fired is bit for bit in the state that firing would have left. The beam is blanked between lines.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,36 +15,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecontrol.types import ScanRegion
-from aecontrol.units import electrons_per_second, nm_to_angstrom
+from aecontrol.units import angstrom_to_nm, electrons_per_second, nm_to_angstrom
 
-from .damage import Damage, thresholds
+from .damage import Damage, DamagedSpecimen, Event
 from .optics import Optics
-from .render import CHANNELS, HaadfRenderer, Validity
+from .render import CHANNELS, MARGIN_A, HaadfRenderer, Validity
 from .scan import Detector, ScanModel
-from .specimens import SYMBOLS, Specimen
+from .specimens import TARGET_KINDS, Specimen
 from .streams import stream
 
 Array = NDArray[np.float64]
-CURRENT_SPREAD, CURRENT_LIMIT = 0.01, 0.04
-"""The true current differs from the declared one by 1 % rms, never by more than 4 % (an assumption)."""
-SATURATED_SHARE = 1e-3
-"""A frame with more saturated pixels than this is flagged."""
-BLOCK_ROWS = 8
-"""Rows after which losses within a frame take effect."""
+CURRENT_FLUCTUATION = 0.01
+CURRENT_LIMIT = 0.04
+"""Largest relative deviation of the true current from the declared one; inside the 5 % that controllers assume."""
+SATURATED_SHARE = 0.005
+"""Share of saturated pixels from which a frame is flagged."""
+LINE_BLOCKS = 64
+"""Damage shows from the next of this many line blocks of a frame on; the meter is read after each block."""
+TILE_NM = 1.0
+TILE_MARGIN = 2
+
+LineBlockHook = Callable[[int, int], None]
 
 
 class SpecimenConfig(Protocol):
-    """A specimen's configuration."""
+    """The configuration of any specimen."""
 
     def build(self, seed: int) -> Specimen:
-        """The specimen."""
+        """The specimen of ``seed``; safe to repeat."""
 
 
 @dataclass(frozen=True)
 class Pulse:
-    """What one exposure delivered; see the driver's protocol. ``validity``: how far the image can be trusted."""
+    """What one exposure delivered. ``channels`` name -> float32 [rows, cols] detector output; ``electrons`` delivered,
+    exactly; ``pixels`` exposed; ``seconds`` from the first pixel to the last, flybacks included; ``started_s`` column
+    clock at the first pixel; ``flags`` what is wrong with the frame ('saturated'); ``validity`` of the image model."""
 
-    channels: dict[str, NDArray[np.float32]]
+    channels: Mapping[str, NDArray[np.float32]]
     electrons: int
     pixels: int
     seconds: float
@@ -54,10 +61,8 @@ class Pulse:
 
 
 class SimulatedColumn:
-    """A beam of ``beam_current_pA`` over one specimen. ``on_block`` is called while a pulse is half delivered (after
-    each block of lines has been counted by the meter): a fault injector may raise there."""
-
-    channels = CHANNELS
+    """See the module. ``on_line_block(ordinal, electrons so far in this pulse)`` is called after each line block and
+    may raise: then only what was delivered until there is on the meter and in the specimen."""
 
     def __init__(
         self,
@@ -68,135 +73,150 @@ class SimulatedColumn:
         damage: Damage,
         beam_current_pA: float,
         seed: int,
-        on_block: Callable[[], None] = lambda: None,
+        on_line_block: LineBlockHook | None = None,
     ) -> None:
-        self._specimen = specimen.build(seed)
-        self._original = self._specimen
-        self._optics, self._scan, self._detector, self._seed = optics, scan, detector, seed
-        self._rate = electrons_per_second(beam_current_pA)
+        self._born = specimen.build(seed)
+        self._body = DamagedSpecimen(self._born, damage, optics, seed)
+        self._scan, self._detector = scan, detector
         self._renderer = HaadfRenderer(optics)
-        symbols = np.array([SYMBOLS[int(number)] for number in range(max(SYMBOLS) + 1) if number in SYMBOLS])
-        order = np.array([number for number in range(max(SYMBOLS) + 1) if number in SYMBOLS])
-        of_atom = symbols[np.searchsorted(order, self._specimen.atomic_numbers)]
-        self._knock_on, self._radiolysis = damage.rates_A2(of_atom, optics.voltage_kV)
-        self._limits = thresholds(seed, len(self._specimen))
-        self._on_block = on_block
-        self.fluence_e_per_A2: Array = np.zeros(len(self._specimen))
+        self._electrons_per_second = electrons_per_second(beam_current_pA)
+        self._seed = seed
+        self.on_line_block = on_line_block
         self.clock_s = 0.0
-        self.meter = 0
-        nx, ny = (math.ceil(side) + 2 for side in self._specimen.size_nm)
-        self.tiles_e_per_A2: Array = np.zeros((ny, nx))
+        self._meter = 0
+        width, height = self.field_nm
+        self._tiles = np.zeros((math.ceil(height) + 2 * TILE_MARGIN, math.ceil(width) + 2 * TILE_MARGIN))
 
     @property
     def field_nm(self) -> tuple[float, float]:
-        """Width and height of the field, nm."""
-        return self._specimen.size_nm
+        """Width and height of the reachable field, nm."""
+        return self._born.size_nm
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Detector channels."""
+        return CHANNELS
+
+    @property
+    def meter(self) -> int:
+        """All electrons ever delivered, counted as they are delivered."""
+        return self._meter
 
     def fire(self, ordinal: int, region: ScanRegion) -> Pulse:
-        """Expose ``region``; atoms lost on the way are missing from the lines that follow."""
-        started = self.clock_s
-        positions = self._positions(ordinal, region)
-        per_pixel = self._electrons_per_pixel(ordinal, region)
-        electrons = self._deliver(ordinal, region, positions, per_pixel)
-        fluence = self._fluence(positions, per_pixel, region.rotation_rad)
-        lost = self._alive & ~self._survivors(self.fluence_e_per_A2 + fluence)
-        rows = len(positions)
-        if not lost.any():
-            rendered = self._renderer.render(self._specimen, positions, region.rotation_rad)
-            image, validity = rendered.channels[CHANNELS[0]], rendered.validity
-        else:
-            image, validity = self._render_losing(positions, per_pixel, region.rotation_rad, lost)
-        self._settle(fluence, region)
+        """Expose ``region`` as shot ``ordinal``. Blocks; not repeatable: every call delivers again."""
+        started_s = self.clock_s
+        before = self._body.alive.copy(), self._body.positions_A.copy()
+        electrons, points_nm, events = self._deliver(ordinal, region)
+        fraction = self._image(region, points_nm, before, events)
         random = stream(self._seed, "scan-noise", ordinal)
-        signal, saturated = self._detector.read(image, per_pixel, random)
-        flags = ("saturated",) if saturated > SATURATED_SHARE else ()
+        signal, saturated = self._detector.read(fraction, electrons / region.pixels, random)
+        thickness_nm = angstrom_to_nm(float(np.ptp(self._born.positions_A[:, 2])))
         return Pulse(
-            {CHANNELS[0]: signal},
-            electrons,
-            rows * positions.shape[1],
-            self._scan.frame_s(region),
-            started,
-            flags,
-            validity,
+            channels={CHANNELS[0]: signal},
+            electrons=electrons,
+            pixels=region.pixels,
+            seconds=self._scan.frame_s(region),
+            started_s=started_s,
+            flags=("saturated",) if saturated >= SATURATED_SHARE else (),
+            validity=self._renderer.validity(thickness_nm, zone_axis=True),
         )
 
     def absorb(self, ordinal: int, region: ScanRegion) -> None:
-        """Account for a shot of an earlier process in full, without an image."""
-        positions = self._positions(ordinal, region)
-        per_pixel = self._electrons_per_pixel(ordinal, region)
-        self._deliver(ordinal, region, positions, per_pixel)
-        self._settle(self._fluence(positions, per_pixel, region.rotation_rad), region)
+        """Account in full for a shot that an earlier process fired: fluence, atoms, clock and meter, but no image."""
+        self._deliver(ordinal, region, watched=False)
 
     def idle(self, seconds: float) -> None:
         """Let time pass with the beam blanked."""
         self.clock_s += seconds
 
-    def targets(self, kind: str) -> tuple[Array, tuple[str, ...]]:
-        """Target objects as the specimen was when the column was made; see :meth:`Specimen.targets`."""
-        return self._original.targets(kind)
+    def targets(self, kind: str) -> tuple[Array, tuple[str, ...]] | None:
+        """True objects of ``kind`` ('vacancy', 'atom') as the column was made: positions [n, 2] nm and labels; None
+        for a kind that this specimen does not know."""
+        return self._born.targets(kind) if kind in TARGET_KINDS else None
 
     def snapshot(self) -> Specimen:
         """The specimen as it is now."""
-        return self._specimen
+        return self._born.changed(self._body.alive, self._body.positions_A)
+
+    def fluence_at_atoms(self) -> Array:
+        """Fluence at every site of the specimen [n], probe tails included, e/A^2."""
+        return self._body.fluence.at(self._born.positions_A[:, :2])
+
+    def tile_fluence(self) -> Array:
+        """Electrons whose probe position fell into each 1 nm tile, per area [ny, nx], e/A^2. Tile (0, 0) begins 2 nm
+        to the left of and above the field; probe tails are not spread over the neighbours."""
+        return self._tiles / nm_to_angstrom(TILE_NM) ** 2
 
     # ------------------------------------------------------------ inside
 
-    @property
-    def _alive(self) -> NDArray[np.bool_]:
-        return self._specimen.alive
+    def _deliver(self, ordinal: int, region: ScanRegion, watched: bool = True) -> tuple[int, Array, list[Event]]:
+        """Put the beam on: electrons, true positions [rows, cols, 2] nm and what changed."""
+        electrons = self._electrons(ordinal, region)
+        points_nm = self._scan.positions_nm(region, self.clock_s, self._seed, ordinal)
+        rows = region.shape[0]
+        block = _block_lines(rows)
+        done = 0
+        try:
+            while done < rows:
+                last = min(done + block, rows)
+                so_far = electrons * last // rows
+                self._meter += so_far - electrons * done // rows
+                done = last
+                if watched and self.on_line_block is not None:
+                    self.on_line_block(ordinal, so_far)
+        finally:
+            delivered = points_nm[:done]
+            self._count_tiles(delivered, electrons / region.pixels)
+            events = self._body.expose(nm_to_angstrom(1.0) * delivered, electrons / region.pixels)
+            self.clock_s += self._scan.frame_s(region) * done / rows
+        return electrons, points_nm, events
 
-    def _positions(self, ordinal: int, region: ScanRegion) -> Array:
-        return self._scan.positions_nm(region, self.clock_s, self._seed, ordinal)
+    def _electrons(self, ordinal: int, region: ScanRegion) -> int:
+        """Whole electrons of the shot: the true current wanders about the declared one."""
+        wander = CURRENT_FLUCTUATION * stream(self._seed, "beam-current", ordinal).standard_normal()
+        current = 1.0 + min(max(wander, -CURRENT_LIMIT), CURRENT_LIMIT)
+        return round(self._electrons_per_second * current * region.pixels * region.dwell_time_s)
 
-    def _electrons_per_pixel(self, ordinal: int, region: ScanRegion) -> float:
-        draw = CURRENT_SPREAD * float(stream(self._seed, "current", ordinal).standard_normal())
-        return self._rate * (1 + max(-CURRENT_LIMIT, min(CURRENT_LIMIT, draw))) * region.dwell_time_s
+    def _count_tiles(self, points_nm: Array, electrons_per_point: float) -> None:
+        tile = np.floor(points_nm.reshape(-1, 2) / TILE_NM).astype(np.int64) + TILE_MARGIN
+        ny, nx = self._tiles.shape
+        inside = np.all((tile >= 0) & (tile < (nx, ny)), axis=1)
+        flat = tile[inside, 1] * nx + tile[inside, 0]
+        self._tiles += electrons_per_point * np.bincount(flat, minlength=nx * ny).reshape(ny, nx)
 
-    def _deliver(self, ordinal: int, region: ScanRegion, positions: Array, per_pixel: float) -> int:
-        """Count what leaves the gun, block by block, on the meter and on the tiles where it lands."""
+    def _image(
+        self, region: ScanRegion, points_nm: Array, before: tuple[NDArray[np.bool_], Array], events: list[Event]
+    ) -> NDArray[np.float32]:
+        """Fraction of the beam scattered at each pixel; a change shows from the line block after it on."""
         rows, cols = region.shape
-        electrons = 0
-        for first in range(0, rows, BLOCK_ROWS):
-            block = positions[first : first + BLOCK_ROWS]
-            total = math.floor(per_pixel * cols * (first + len(block))) - electrons
-            electrons += total
-            self.meter += total
-            tile = np.clip(np.floor(block).astype(int) + 1, 0, np.array(self.tiles_e_per_A2.shape[::-1]) - 1)
-            flat = tile[..., 1] * self.tiles_e_per_A2.shape[1] + tile[..., 0]
-            share = np.bincount(flat.ravel(), minlength=self.tiles_e_per_A2.size) * (total / flat.size / 100.0)
-            self.tiles_e_per_A2 += share.reshape(self.tiles_e_per_A2.shape)
-            self._on_block()
-        return electrons
+        block = _block_lines(rows)
+        alive, positions_A = before
+        probe_A = nm_to_angstrom(1.0) * points_nm
+        low, high = probe_A.min(axis=(0, 1)) - 2 * MARGIN_A, probe_A.max(axis=(0, 1)) + 2 * MARGIN_A
+        near = np.flatnonzero(np.all((positions_A[:, :2] > low) & (positions_A[:, :2] < high), axis=1))
+        image = np.empty((rows, cols), dtype=np.float32)
+        line, coming = 0, 0
+        while line < rows:
+            while coming < len(events) and _next_block(events[coming].point // cols, block) <= line:
+                self._body.apply(events[coming], alive, positions_A)
+                coming += 1
+            stop = min(_next_block(events[coming].point // cols, block), rows) if coming < len(events) else rows
+            shown = near[alive[near]]
+            image[line:stop] = self._renderer.image(
+                positions_A[shown, :2],
+                self._born.atomic_numbers[shown],
+                self._born.rms_u_A[shown],
+                probe_A[line:stop],
+                region.rotation_rad,
+            )
+            line = stop
+        return image
 
-    def _fluence(self, positions: Array, per_pixel: float, rotation_rad: float) -> Array:
-        """Fluence [n] that a scan adds at every atom, e/A^2: probe with tails, at the true positions."""
-        fluence = np.zeros(len(self._specimen))
-        probe = nm_to_angstrom(1.0) * positions.reshape(-1, 2)
-        near, values = self._renderer.dose(self._specimen.positions_A[:, :2], probe, per_pixel, rotation_rad)
-        fluence[near] = values
-        return fluence
 
-    def _survivors(self, fluence: Array) -> NDArray[np.bool_]:
-        survivors: NDArray[np.bool_] = self._alive & (self._knock_on * fluence < self._limits[0])
-        return survivors & (self._radiolysis * fluence < self._limits[1])
+def _block_lines(rows: int) -> int:
+    return math.ceil(rows / LINE_BLOCKS)
 
-    def _settle(self, fluence: Array, region: ScanRegion) -> None:
-        self.fluence_e_per_A2 = self.fluence_e_per_A2 + fluence
-        self._specimen = self._specimen.changed(self._survivors(self.fluence_e_per_A2), self._specimen.positions_A)
-        self.clock_s += self._scan.frame_s(region)
 
-    def _render_losing(
-        self, positions: Array, per_pixel: float, rotation_rad: float, lost: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], Validity]:
-        """The image, block by block of lines, without the atoms of ``lost`` from the block after their loss."""
-        gone = np.zeros_like(lost)
-        so_far = self.fluence_e_per_A2.copy()
-        image = np.empty(positions.shape[:2], dtype=np.float32)
-        for first in range(0, len(positions), BLOCK_ROWS):
-            block = positions[first : first + BLOCK_ROWS]
-            left = self._specimen.changed(self._alive & ~gone, self._specimen.positions_A)
-            rendered = self._renderer.render(left, block, rotation_rad)
-            image[first : first + BLOCK_ROWS] = rendered.channels[CHANNELS[0]]
-            so_far += self._fluence(block, per_pixel, rotation_rad)
-            gone = lost & ~self._survivors(so_far)
-        return image, rendered.validity
+def _next_block(line: int, block: int) -> int:
+    """First line of the block after the one that holds ``line``."""
+    return (line // block + 1) * block

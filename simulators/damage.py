@@ -1,114 +1,206 @@
-"""Beam damage: knock-on and radiolysis of single atoms, driven by the fluence that each atom really received.
+"""Beam damage: knock-on, electronic excitation and radiolysis, as events that do not depend on how a scan is split.
 
-Every atom draws one threshold E ~ Exp(1) per process when the specimen is made; it is hit when its cumulative hazard (cross
-section x fluence) reaches E. How a dose is split into scans therefore cannot change what it destroys. Lengths are
-angstrom, energies eV, cross sections barn (1 b = 1e-8 A^2).
+An atom is hit by a process once its fluence F reaches E / sigma, with E ~ Exp(1) drawn once per atom and process; then
+P(hit by F) = 1 - exp(-sigma F). Energies eV, cross-sections barn outside (1 b = 1e-8 A^2), fluence e/A^2.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from aecontrol.types import Model, NonNegative, Positive
+from aecontrol.units import nm_to_angstrom
 
-from .optics import REST_ENERGY_EV, velocity_ratio
+from .fluence import FluenceMap
+from .optics import REST_ENERGY_EV, Optics, velocity_ratio
+from .specimens import MARGIN_NM, SYMBOLS, Specimen
 from .streams import stream
 
 Array = NDArray[np.float64]
 BARN_A2 = 1e-8
-BOHR_A = 0.529177
-RYDBERG_EV = 13.6057
-FINE_STRUCTURE = 137.036
-ATOMIC_MASS_EV = 931.494e6
-BOLTZMANN_EV_PER_K = 8.617333e-5
-SPEED_OF_LIGHT_M_PER_S = 299792458.0
-MASS_U = {"C": 12.011, "N": 14.007, "Si": 28.085, "S": 32.06, "Mo": 95.95}
-ATOMIC_NUMBER = {"C": 6, "N": 7, "Si": 14, "S": 16, "Mo": 42}
-GRAPHENE_VELOCITY2_300K = 3.17e5
-"""Mean square out-of-plane velocity of C in graphene at 300 K, m^2/s^2 (Meyer et al. 2012, recalled)."""
+BOHR_A = 0.529177210903
+RYDBERG_EV = 13.605693122994
+INVERSE_FINE_STRUCTURE = 137.035999084
+ATOMIC_MASS_EV = 931494102.42
+SPEED_OF_LIGHT_M_S = 299792458.0
+MASSES_U = {"Li": 6.94, "C": 12.011, "N": 14.007, "O": 15.999, "Si": 28.085, "S": 32.06, "Mo": 95.95}
+ATOMIC_NUMBERS = {"Li": 3, "C": 6, "N": 7, "O": 8, "Si": 14, "S": 16, "Mo": 42}
+WORLD_MARGIN_NM = MARGIN_NM + 1.0
+KNOCK_ON, RADIOLYSIS = 0, 1
 
 
 class Damage(Model):
-    """What the beam does to atoms. The defaults are assumptions (order of magnitude), not properties of a sample."""
+    """What the beam does to which element. An element that is not named is not harmed by that process.
 
-    temperature_K: Positive = Field(300.0, description="specimen temperature: changes thermal velocities only")
-    displacement_eV: dict[str, Positive] = Field(
-        {"S": 6.9, "C": 21.13}, description="displacement threshold by element; elements not named never leave"
+    The excitation cross-section and every critical fluence are assumptions, not measured properties. Radiolysis moves
+    an atom by a Gaussian displacement or removes it. There is no dose-rate effect.
+    """
+
+    displacement_threshold_eV: dict[str, Positive] = Field(
+        {"S": 6.9, "C": 21.13}, description="energy that ejects an atom: S from MoS2, C from graphene, eV"
     )
-    excitation_b: dict[str, NonNegative] = Field(
-        {"S": 1.0}, description="added cross section of excitation-assisted loss by element, barn (assumed)"
+    velocity_variance_m2_s2: dict[str, NonNegative] = Field(
+        {"S": 7.78e4, "C": 3.17e5}, description="thermal velocity variance along the beam near 300 K, m^2/s^2"
+    )
+    excitation_barn: dict[str, NonNegative] = Field(
+        {"S": 1.0}, description="cross-section added to knock-on by electronic excitation (60-80 kV), barn"
     )
     critical_fluence_e_per_A2: dict[str, Positive] = Field(
-        {}, description="radiolytic loss by element: fluence at which 1/e is left; none by default"
+        {}, description="radiolysis: fluence at which 1/e of the atoms are still untouched, e/A^2"
+    )
+    radiolysis_removes: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of radiolysed atoms that leave; the others are displaced"
+    )
+    radiolysis_displacement_nm: NonNegative = Field(
+        0.05, description="standard deviation per axis of the displacement of a radiolysed atom, nm"
     )
 
-    def rates_A2(self, symbols: NDArray[np.str_], voltage_kV: float) -> tuple[Array, Array]:
-        """Hazard per fluence [n] of each atom by knock-on (with excitation) and by radiolysis, A^2."""
-        knock_on, radiolysis = np.zeros(len(symbols)), np.zeros(len(symbols))
-        for symbol in np.unique(symbols):
-            same = symbols == symbol
-            if symbol in self.displacement_eV:
-                barn = thermal_cross_section_b(
-                    str(symbol), self.displacement_eV[str(symbol)], voltage_kV, self.temperature_K
-                )
-                knock_on[same] = BARN_A2 * (barn + self.excitation_b.get(str(symbol), 0.0))
-            if symbol in self.critical_fluence_e_per_A2:
-                radiolysis[same] = 1.0 / self.critical_fluence_e_per_A2[str(symbol)]
-        return knock_on, radiolysis
+    def knock_on_A2(self, symbol: str, voltage_kV: float) -> float:
+        """Cross-section of removal, knock-on with thermal velocities plus excitation, angstrom^2."""
+        barn = self.excitation_barn.get(symbol, 0.0)
+        if symbol in self.displacement_threshold_eV:
+            variance = self.velocity_variance_m2_s2.get(symbol, 0.0)
+            barn += thermal_knock_on_barn(symbol, self.displacement_threshold_eV[symbol], voltage_kV, variance)
+        return barn * BARN_A2
 
 
-def thresholds(seed: int, atoms: int) -> tuple[Array, Array]:
-    """Exp(1) thresholds [atoms] of both processes."""
-    return (
-        stream(seed, "damage-knock-on").standard_exponential(atoms),
-        stream(seed, "damage-radiolysis").standard_exponential(atoms),
-    )
+def max_energy_transfer_eV(symbol: str, voltage_kV: float) -> float:
+    """Highest energy that a head-on electron gives to a resting nucleus: 2 E (E + 2 m) M / ((M + m)^2 + 2 M E)."""
+    energy, m, mass = voltage_kV * 1e3, REST_ENERGY_EV, MASSES_U[symbol] * ATOMIC_MASS_EV
+    return 2.0 * energy * (energy + 2.0 * m) * mass / ((mass + m) ** 2 + 2.0 * mass * energy)
 
 
-def max_transfer_eV(symbol: str, voltage_kV: float, velocity_m_per_s: float | Array = 0.0) -> float | Array:
-    """Most energy that a beam electron gives to a nucleus.
+def knock_on_barn(symbol: str, threshold_eV: float, voltage_kV: float, transfer_eV: Array) -> Array:
+    """McKinley-Feshbach cross-section for transfers above ``threshold_eV``, barn, where at most ``transfer_eV`` passes.
 
-    At rest: 2E(E + 2m)M / ((M + m)^2 + 2ME), exact. Moving along the beam at v: (2p + Mv)^2 / 2M, in the limit of a
-    heavy nucleus (Meyer et al. 2012), scaled so that both agree at v = 0.
+    sigma = 4 pi (a0 Z E_R / m)^2 (1 - b^2) / b^4 / x
+            {1 + 2 pi a b sqrt(x) - x [1 + 2 pi a b + (b^2 + pi a b) ln(1/x)]},
+    x = threshold / transfer <= 1, a = Z / 137.036, b = v/c; zero for x > 1 (W. A. McKinley and H. Feshbach, Phys. Rev.
+    74, 1759 (1948), integrated over angles).
     """
-    energy, mass = voltage_kV * 1e3, MASS_U[symbol] * ATOMIC_MASS_EV
-    rest = 2 * energy * (energy + 2 * REST_ENERGY_EV) * mass
-    rest /= (mass + REST_ENERGY_EV) ** 2 + 2 * mass * energy
-    momentum = math.sqrt(energy * (energy + 2 * REST_ENERGY_EV))
-    own = mass * velocity_m_per_s / SPEED_OF_LIGHT_M_PER_S
-    return rest * ((2 * momentum + own) / (2 * momentum)) ** 2
+    number = ATOMIC_NUMBERS[symbol]
+    b = velocity_ratio(voltage_kV)
+    pi_a_b = math.pi * number / INVERSE_FINE_STRUCTURE * b
+    x = np.minimum(threshold_eV / np.maximum(transfer_eV, 1e-12), 1.0)
+    front = 4.0 * math.pi * (BOHR_A * number * RYDBERG_EV / REST_ENERGY_EV) ** 2 * (1.0 - b**2) / b**4
+    bracket = 1.0 + 2.0 * pi_a_b * np.sqrt(x) - x * (1.0 + 2.0 * pi_a_b - (b**2 + pi_a_b) * np.log(x))
+    return np.asarray(front / x * bracket / BARN_A2)
 
 
-def knock_on_cross_section_b(symbol: str, threshold_eV: float, transfer_eV: float | Array, voltage_kV: float) -> Array:
-    """McKinley-Feshbach cross section in barn for an energy transfer above ``threshold_eV``; zero below (W. A.
-    McKinley and H. Feshbach, Phys. Rev. 74, 1759 (1948), integrated over angles)."""
-    beta, a = velocity_ratio(voltage_kV), ATOMIC_NUMBER[symbol] / FINE_STRUCTURE
-    x = np.minimum(threshold_eV / np.maximum(np.asarray(transfer_eV, dtype=np.float64), 1e-12), 1.0)
-    front = 4 * math.pi * (BOHR_A * ATOMIC_NUMBER[symbol] * RYDBERG_EV / REST_ENERGY_EV) ** 2
-    front *= (1 - beta**2) / beta**4
-    bracket = 1 + 2 * math.pi * a * beta * np.sqrt(x)
-    bracket -= x * (1 + 2 * math.pi * a * beta + (beta**2 + math.pi * a * beta) * np.log(1 / x))
-    return np.asarray(np.where(x < 1, front / x * bracket, 0.0) / BARN_A2)
+def thermal_knock_on_barn(symbol: str, threshold_eV: float, voltage_kV: float, variance_m2_s2: float) -> float:
+    """Knock-on cross-section averaged over the velocity v of the nucleus along the beam, v ~ N(0, variance), barn.
+
+    A nucleus that already moves with the beam receives T (1 + M v / 2 p)^2, p the electron's momentum (Meyer 2012).
+    """
+    at_rest = max_energy_transfer_eV(symbol, voltage_kV)
+    if variance_m2_s2 == 0.0:
+        return float(knock_on_barn(symbol, threshold_eV, voltage_kV, np.array(at_rest)))
+    energy = voltage_kV * 1e3
+    momentum = math.sqrt(energy * (energy + 2.0 * REST_ENERGY_EV))
+    mass = MASSES_U[symbol] * ATOMIC_MASS_EV
+    deviation = np.linspace(-8.0, 8.0, 4001)  # the integrand has a kink at threshold: a fine trapezoid, no quadrature
+    velocity = deviation * math.sqrt(variance_m2_s2) / SPEED_OF_LIGHT_M_S
+    transfer = at_rest * (1.0 + mass * velocity / (2.0 * momentum)) ** 2
+    weight = np.exp(-0.5 * deviation**2)
+    return float(np.sum(weight * knock_on_barn(symbol, threshold_eV, voltage_kV, transfer)) / np.sum(weight))
 
 
-def thermal_cross_section_b(symbol: str, threshold_eV: float, voltage_kV: float, temperature_K: float) -> float:
-    """The cross section averaged over the nucleus's velocity along the beam, N(0, kT/M) (graphene: the published
-    out-of-plane value, scaled with temperature), barn."""
-    if symbol == "C":
-        square = GRAPHENE_VELOCITY2_300K * temperature_K / 300.0
-    else:
-        square = BOLTZMANN_EV_PER_K * temperature_K / (MASS_U[symbol] * ATOMIC_MASS_EV) * SPEED_OF_LIGHT_M_PER_S**2
-    return mean_cross_section_b(symbol, threshold_eV, voltage_kV, square)
+@dataclass(frozen=True)
+class Event:
+    """``atom`` was changed by ``process`` when the probe was at point ``point`` of the exposure."""
+
+    atom: int
+    process: int
+    point: int
 
 
-def mean_cross_section_b(symbol: str, threshold_eV: float, voltage_kV: float, velocity2: float) -> float:
-    """The average for a mean square velocity along the beam, m^2/s^2, by the trapezoid rule over +-8 deviations."""
-    z = np.linspace(-8.0, 8.0, 4001)
-    weight = np.exp(-(z**2) / 2)
-    transfer = max_transfer_eV(symbol, voltage_kV, z * math.sqrt(velocity2))
-    values = knock_on_cross_section_b(symbol, threshold_eV, transfer, voltage_kV)
-    return float((weight * values).sum() / weight.sum())
+class DamagedSpecimen:
+    """A specimen that remembers every electron. ``alive`` and ``positions_A`` are its present state.
+
+    Fluence is always taken at an atom's original site, so that a displacement cannot make events depend on the split.
+    """
+
+    def __init__(self, specimen: Specimen, model: Damage, optics: Optics, seed: int) -> None:
+        self.specimen = specimen
+        self.alive = specimen.alive.copy()
+        self.positions_A = specimen.positions_A.copy()
+        width, height = (nm_to_angstrom(side + WORLD_MARGIN_NM) for side in specimen.size_nm)
+        margin = nm_to_angstrom(WORLD_MARGIN_NM)
+        self.fluence = FluenceMap(optics, (-margin, -margin), (width, height))
+        random = stream(seed, "damage")
+        drawn = random.exponential(size=(2, len(specimen)))
+        self._leaves = random.random(len(specimen)) < model.radiolysis_removes
+        self._shift = nm_to_angstrom(model.radiolysis_displacement_nm) * random.standard_normal((len(specimen), 3))
+        knock_on = {symbol: model.knock_on_A2(symbol, optics.voltage_kV) for symbol in SYMBOLS.values()}
+        radiolysis = {symbol: 1.0 / fluence for symbol, fluence in model.critical_fluence_e_per_A2.items()}
+        hazards = np.stack([_per_atom(specimen, knock_on), _per_atom(specimen, radiolysis)])
+        with np.errstate(divide="ignore"):
+            # Fluence at which each process [2] hits each atom [n]; becomes inf once it has.
+            self._critical = drawn / hazards
+        self._critical[:, ~specimen.alive] = np.inf
+        self._next = self._critical.min(axis=0)
+
+    def expose(self, points_A: Array, electrons_per_point: float) -> list[Event]:
+        """Deliver ``electrons_per_point`` at each of ``points_A`` [m, 2] in order; the changes, in order of time."""
+        points = np.asarray(points_A).reshape(-1, 2)
+        if not len(points):
+            return []
+        self.fluence.deposit(points, electrons_per_point)
+        atoms = self._within_reach(points)
+        if not len(atoms):
+            return []
+        sites = self.specimen.positions_A[:, :2]
+        atoms = atoms[self.fluence.ceiling_at(sites[atoms]) >= self._next[atoms]]
+        events = []
+        for atom, fluence in zip(atoms, self.fluence.at(sites[atoms]), strict=True):
+            for process in np.flatnonzero(self._critical[:, atom] <= fluence):
+                excess = fluence - self._critical[process, atom]
+                point = self._point_of_excess(sites[atom], points, electrons_per_point, float(excess))
+                events.append(Event(int(atom), int(process), point))
+        events.sort(key=lambda event: (event.point, event.atom, event.process))
+        return [event for event in events if self._happens(event)]
+
+    def apply(self, event: Event, alive: NDArray[np.bool_], positions_A: Array) -> None:
+        """Make the change of ``event`` in the given arrays."""
+        if event.process == KNOCK_ON or self._leaves[event.atom]:
+            alive[event.atom] = False
+        else:
+            positions_A[event.atom] += self._shift[event.atom]
+
+    def _happens(self, event: Event) -> bool:
+        """Apply ``event`` to the present state, unless its atom has gone already."""
+        if not self.alive[event.atom]:
+            return False
+        self.apply(event, self.alive, self.positions_A)
+        gone = not self.alive[event.atom]
+        self._critical[slice(None) if gone else event.process, event.atom] = np.inf
+        self._next[event.atom] = self._critical[:, event.atom].min()
+        return True
+
+    def _within_reach(self, points: Array) -> NDArray[np.int64]:
+        """Atoms that can still be hit and lie within the probe's tails of ``points``."""
+        reach = self.fluence.reach_A
+        low, high = points.min(axis=0) - reach, points.max(axis=0) + reach
+        sites = self.specimen.positions_A[:, :2]
+        near = np.isfinite(self._next) & np.all((sites > low) & (sites < high), axis=1)
+        return np.flatnonzero(near)
+
+    def _point_of_excess(self, site: Array, points: Array, electrons_per_point: float, excess: float) -> int:
+        """Index of the point at which the fluence at ``site`` was the final one less ``excess``."""
+        gains = electrons_per_point * self.fluence.per_electron(points - site)
+        later = np.cumsum(gains[::-1])[::-1]
+        return max(0, int(np.count_nonzero(later > excess)) - 1)
+
+
+def _per_atom(specimen: Specimen, by_symbol: Mapping[str, float]) -> Array:
+    table = np.zeros(max(SYMBOLS) + 1)
+    for number, symbol in SYMBOLS.items():
+        table[number] = by_symbol.get(symbol, 0.0)
+    return np.asarray(table[specimen.atomic_numbers])

@@ -147,9 +147,8 @@ class FluenceMap:
         spectrum *= fft.rfft2(self.kernel / self.step_A**2, shape, workers=1)
         full = fft.irfft2(spectrum, shape, workers=1)
         x, y = (base - low + 2 * m - 1).T
-        return np.maximum(
-            np.stack([[full[y, x], full[y, x + 1]], [full[y + 1, x], full[y + 1, x + 1]]]), 0.0
-        ).transpose(2, 0, 1)
+        corners = np.array([[full[y, x], full[y, x + 1]], [full[y + 1, x], full[y + 1, x + 1]]])
+        return np.asarray(np.maximum(corners, 0.0).transpose(2, 0, 1))
 
 
 def _window(array: Array, low: NDArray[np.int64], high: NDArray[np.int64]) -> Array:

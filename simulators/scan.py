@@ -112,9 +112,9 @@ class Detector(Model):
     ) -> tuple[NDArray[np.float32], float]:
         """The signal float32 and the share of saturated pixels, for the ``fraction`` of the beam that is scattered."""
         mean = np.maximum(fraction, 0.0) * (electrons_per_pixel * self.efficiency) + self.dark_counts
-        signal = self.gain * random.poisson(mean) + self.offset
-        if self.read_noise > 0.0:
-            signal = signal + random.normal(0.0, self.read_noise, signal.shape)
+        # Read-out noise is drawn first: the number of draws behind a Poisson number depends on the image.
+        noise = random.normal(0.0, self.read_noise, mean.shape) if self.read_noise > 0.0 else 0.0
+        signal = self.gain * random.poisson(mean) + self.offset + noise
         saturated = 0.0
         if self.saturation is not None:
             saturated = float(np.mean(signal >= self.saturation))
