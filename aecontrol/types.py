@@ -91,7 +91,7 @@ class Capabilities(Model):
     """What an instrument says of itself; the controller computes every upper bound from it."""
 
     identity: str = Field(description="which instrument or record this is")
-    simulated: bool = Field(description="True when no real specimen can be harmed")
+    simulated: bool = Field(description="True when the images are simulated")
     unit: Literal["electrons", "pixels"] = Field(description="currency in which exposures are metered")
     field_nm: tuple[Positive, Positive] = Field(description="width and height of the reachable field, nm")
     channels: tuple[str, ...] = Field(description="detector channels delivered by every exposure")
