@@ -33,7 +33,7 @@ class RecordedDriver(Model):
         pixel = self.pixel_size_nm or picture.pixel_size_nm
         if pixel is None:
             raise BadInput(f"{self.path} does not say its pixel size", "set driver.pixel_size_nm")
-        column = RecordedColumn(picture, pixel)
+        column = RecordedColumn({"HAADF": picture.array}, pixel, picture.labels)
         capabilities = Capabilities(
             identity=f"record {self.path.name} {picture.array.shape[0]}x{picture.array.shape[1]} at {pixel:g} nm",
             simulated=False,
