@@ -159,10 +159,11 @@ class DamagedSpecimen:
         sites = self.specimen.positions_A[:, :2]
         atoms = atoms[self.fluence.ceiling_at(sites[atoms]) >= self._next[atoms]]
         events = []
+        x, y = np.ascontiguousarray(points.T)
         for atom, fluence in zip(atoms, self.fluence.at(sites[atoms]), strict=True):
             for process in np.flatnonzero(self._critical[:, atom] <= fluence):
                 excess = fluence - self._critical[process, atom]
-                point = self._point_of_excess(sites[atom], points, electrons_per_point, float(excess))
+                point = self._point_of_excess(sites[atom], x, y, float(excess) / electrons_per_point)
                 events.append(Event(int(atom), int(process), point))
         events.sort(key=lambda event: (event.point, event.atom, event.process))
         return [event for event in events if self._happens(event)]
@@ -192,11 +193,16 @@ class DamagedSpecimen:
         near = np.isfinite(self._next) & np.all((sites > low) & (sites < high), axis=1)
         return np.flatnonzero(near)
 
-    def _point_of_excess(self, site: Array, points: Array, electrons_per_point: float, excess: float) -> int:
-        """Index of the point at which the fluence at ``site`` was the final one less ``excess``."""
-        gains = electrons_per_point * self.fluence.per_electron(points - site)
+    def _point_of_excess(self, site: Array, x: Array, y: Array, excess: float) -> int:
+        """Index of the point (``x``, ``y``) from which on ``site`` received its last ``excess``, fluence per electron
+        of a point."""
+        dx, dy = x - site[0], y - site[1]
+        near = np.flatnonzero((np.abs(dx) < self.fluence.reach_A) & (np.abs(dy) < self.fluence.reach_A))
+        if not len(near):
+            return 0  # only rounding brought the fluence to its threshold just now
+        gains = self.fluence.per_electron(np.column_stack([dx[near], dy[near]]))
         later = np.cumsum(gains[::-1])[::-1]
-        return max(0, int(np.count_nonzero(later > excess)) - 1)
+        return int(near[max(0, int(np.count_nonzero(later > excess)) - 1)])
 
 
 def _per_atom(specimen: Specimen, by_symbol: Mapping[str, float]) -> Array:

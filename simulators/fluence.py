@@ -54,11 +54,8 @@ class FluenceMap:
         """Fluence per electron [m] at ``offsets_A`` [m, 2] from the probe, interpolated between grid points, 1/A^2."""
         from scipy import ndimage
 
-        values = np.zeros(len(offsets_A))
-        near = np.all(np.abs(offsets_A) < self.reach_A, axis=1)
-        where = offsets_A[near, ::-1].T / self.step_A + self._half
-        values[near] = ndimage.map_coordinates(self.kernel, where, order=1, mode="constant") / self.step_A**2
-        return values
+        where = offsets_A[:, ::-1].T / self.step_A + self._half
+        return np.asarray(ndimage.map_coordinates(self.kernel, where, order=1, mode="constant") / self.step_A**2)
 
     def deposit(self, points_A: Array, electrons_per_point: float) -> None:
         """Put ``electrons_per_point`` at each of ``points_A`` [m, 2] (x, y)."""
