@@ -1,0 +1,273 @@
+"""Random atomic-resolution HAADF scenes with known atom positions, to train and test atom finding.
+
+Columns are sums of two Gaussians (probe core and tail) evaluated exactly at the pixel centres, which is fast enough to
+draw a new scene for every training patch; the probe-based renderer is kept for specimens and serves as the independent
+test of what is learnt here. All ranges are choices, wide on purpose; the texture of the amorphous support was set by
+eye and by power spectrum against two public images of Pt on N-doped carbon.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from aecontrol.types import Model, PositiveInt
+
+from .streams import stream
+
+Family = Literal["mos2", "graphene", "single_atoms"]
+Floats = NDArray[np.float64]
+
+MARGIN_NM = 0.4
+"""Columns this far outside the frame still shine into it."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One image and what is in it.
+
+    ``image`` [rows, cols] float32; ``pixel_size_nm`` (x, y); ``positions_px`` [n, 2] (x, y), the centre of pixel [0, 0]
+    at (0.5, 0.5), columns just outside the frame included; ``labels`` [n] ('Mo', 'S2', 'S1', 'C', 'heavy');
+    ``counts`` [n] expected counts of each column.
+    """
+
+    image: NDArray[np.float32]
+    pixel_size_nm: tuple[float, float]
+    positions_px: Floats
+    labels: NDArray[np.str_]
+    counts: Floats
+
+
+class HaadfScenes(Model):
+    """MoS2 and graphene monolayers with vacancies, and single heavy atoms on an amorphous light support."""
+
+    kind: Literal["haadf"] = "haadf"
+    families: tuple[Family, ...] = Field(
+        ("mos2", "graphene", "single_atoms", "single_atoms"), min_length=1, description="drawn with equal chance each"
+    )
+    size_px: PositiveInt = Field(128, description="rows and columns of a scene")
+    pixel_nm: tuple[float, float] = Field((0.02, 0.042), description="smallest and largest pixel, nm")
+    coarse_fraction: float = Field(0.1, ge=0, le=1, description="fraction of scenes with pixels up to 0.1 nm")
+    counts: tuple[float, float] = Field((5.0, 1e4), description="range of the brightest column's expected counts")
+    blur_nm: tuple[float, float] = Field((0.034, 0.065), description="range of the columns' standard deviation, nm")
+    clean: bool = Field(False, description="without contamination, edges, scan jitter, read noise and probe tails")
+
+    def render(self, seed: int, index: int) -> Scene:
+        """Scene ``index`` of stream ``seed``; the same numbers give the same scene in any process. Cannot fail."""
+        rng = stream(seed, "scene", index)
+        pixel = _log_uniform(rng, *self.pixel_nm)
+        if rng.random() < self.coarse_fraction:
+            pixel = _log_uniform(rng, self.pixel_nm[1], 0.1)
+        family = self.families[rng.integers(len(self.families))]
+        blur = _log_uniform(rng, *self.blur_nm)
+        counts = _log_uniform(rng, *self.counts)
+        if family == "single_atoms":
+            return _single_atoms(rng, self, pixel, 1.35 * blur)
+        build = _mos2 if family == "mos2" else _graphene
+        columns = build(rng, self.size_px * pixel, defects=True)
+        if not self.clean:
+            columns = _cut_edge(rng, columns, self.size_px * pixel)
+        return _sheet(rng, self, columns, pixel, blur, counts)
+
+    def held_out(self) -> dict[str, HaadfScenes]:
+        """Named conditions for a model card: each sheet at four doses (the brightest column's counts), single atoms."""
+        fixed: dict[str, object] = {"pixel_nm": (0.03, 0.03), "coarse_fraction": 0.0}
+        conditions = {
+            f"{family}, {counts} counts": {"families": (family,), "counts": (counts, counts)}
+            for family in ("mos2", "graphene")
+            for counts in (20, 50, 150, 1000)
+        }
+        conditions["single_atoms, any counts"] = {"families": ("single_atoms",)}
+        return {name: self.model_copy(update={**fixed, **change}) for name, change in conditions.items()}
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns of a sheet: ``xy`` [n, 2] nm from the frame's corner, ``weight`` relative to the brightest kind, labels."""
+
+    xy: Floats
+    weight: Floats
+    labels: NDArray[np.str_]
+
+    def __getitem__(self, keep: NDArray[np.bool_]) -> _Columns:
+        return _Columns(self.xy[keep], self.weight[keep], self.labels[keep])
+
+
+def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def _hexagonal(rng: np.random.Generator, side: float, a: float) -> tuple[Floats, NDArray[np.int64]]:
+    """Both sublattices of a strained, turned honeycomb with lattice constant ``a`` nm over a frame of ``side`` nm."""
+    reach = int(np.ceil((side + 2 * MARGIN_NM) / a)) + 2
+    i, j = (k.ravel() for k in np.mgrid[-reach : reach + 1, -reach : reach + 1])
+    first = np.stack([a * (i + 0.5 * j), a * np.sqrt(0.75) * j], 1)
+    both = np.concatenate([first, first + [a / 2, a / np.sqrt(12)]]) + rng.uniform(0, a, 2)
+    angle = rng.uniform(0, 2 * np.pi)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    strain = np.eye(2) * rng.uniform(0.92, 1.08) + rng.uniform(-0.03, 0.03, (2, 2))
+    xy = both @ (strain @ turn).T + side / 2
+    sublattice = np.repeat([0, 1], len(first))
+    near = ((xy > -MARGIN_NM) & (xy < side + MARGIN_NM)).all(1)
+    return xy[near] + rng.normal(0, rng.uniform(0, 0.012), (near.sum(), 2)), sublattice[near]
+
+
+def _mos2(rng: np.random.Generator, side: float, defects: bool) -> _Columns:
+    """MoS2 (a = 0.316 nm). Brightness ratios span the multislice values for 60-100 kV and 60-200 to 86-200 mrad."""
+    xy, sublattice = _hexagonal(rng, side, 0.316)
+    labels = np.where(sublattice == 0, "Mo", "S2")
+    chance = rng.random(len(xy))
+    single, double = (rng.uniform(0, 0.15), rng.uniform(0, 0.04)) if defects else (0.0, 0.0)
+    labels[(labels == "S2") & (chance < single)] = "S1"
+    missing = ((sublattice == 1) & (chance > 1 - double)) | ((sublattice == 0) & (chance > 1 - 0.2 * double))
+    s2 = 1 / rng.uniform(1.9, 3.2)
+    bright = {"Mo": 1.0, "S2": s2, "S1": s2 / rng.uniform(1.8, 2.4)}
+    weight = np.array([bright[label] for label in labels.tolist()])
+    return _Columns(xy, weight, labels)[~missing]
+
+
+def _graphene(rng: np.random.Generator, side: float, defects: bool) -> _Columns:
+    """Graphene (a = 0.246 nm) with vacancies and a rare heavier substitute."""
+    xy, _ = _hexagonal(rng, side, 0.246)
+    chance = rng.random(len(xy))
+    heavier = chance < (0.004 if defects else 0.0)
+    labels = np.where(heavier, "heavy", "C")
+    missing = chance > 1 - (rng.uniform(0, 0.05) if defects else 0.0)
+    return _Columns(xy, np.where(heavier, rng.uniform(2, 5), 1.0), labels)[~missing]
+
+
+def _cut_edge(rng: np.random.Generator, columns: _Columns, side: float) -> _Columns:
+    """Now and then, a straight edge of the sheet or a round hole in it."""
+    choice = rng.random()
+    if choice > 0.3:
+        return columns
+    center = rng.uniform(0, side, 2)
+    from_center = columns.xy - center
+    if choice < 0.15:
+        angle = rng.uniform(0, 2 * np.pi)
+        return columns[from_center @ [np.cos(angle), np.sin(angle)] > 0]
+    return columns[np.hypot(*from_center.T) > rng.uniform(0.3, 1.0)]
+
+
+def _sheet(
+    rng: np.random.Generator, of: HaadfScenes, columns: _Columns, pixel: float, blur: float, counts: float
+) -> Scene:
+    """A rendered monolayer: columns, background, contamination, noise."""
+    n = of.size_px
+    expected = _gaussians(rng, columns.xy / pixel, columns.weight * counts, blur / pixel, n, of.clean)
+    peak = counts * pixel**2 / (2 * np.pi * blur**2)
+    background = np.full((n, n), peak * rng.uniform(0.005, 0.08))
+    if not of.clean:
+        background += peak * _log_uniform(rng, 0.01, 0.6) * _ramp(rng, n)
+        if rng.random() < 0.4:  # contamination: light atoms in blobs
+            mottle = 1 + rng.uniform(0, 0.3) * _texture(rng, n, blur / pixel, white=1.0)
+            background += peak * _log_uniform(rng, 0.05, 1.0) * _blobs(rng, n, 0.5 / pixel) * np.maximum(mottle, 0)
+    return Scene(
+        _detect(rng, expected + background, of.clean),
+        (pixel, pixel),
+        columns.xy / pixel,
+        columns.labels,
+        columns.weight * counts,
+    )
+
+
+def _single_atoms(rng: np.random.Generator, of: HaadfScenes, pixel: float, blur: float) -> Scene:
+    """Isolated heavy atoms on a mottled light support, in parts over vacuum."""
+    n, side = of.size_px, of.size_px * pixel
+    area = (side + 2 * MARGIN_NM) ** 2
+    xy = rng.uniform(-MARGIN_NM, side + MARGIN_NM, (rng.poisson(_log_uniform(rng, 0.05, 1.2) * area), 2))
+    if len(xy) > 1 and rng.random() < 0.5:  # pairs and short rows
+        mates = rng.random(len(xy)) < 0.2
+        angle, apart = rng.uniform(0, 2 * np.pi, mates.sum()), rng.uniform(0.2, 0.45, mates.sum())
+        xy = np.concatenate([xy, xy[mates] + np.stack([np.cos(angle), np.sin(angle)], 1) * apart[:, None]])
+    apart = np.hypot(*(xy[:, None] - xy[None]).transpose(2, 0, 1)) + 9 * np.tri(len(xy)).T
+    xy = xy[(apart > 0.18).all(1)]
+    thickness = 1 + rng.uniform(0.1, 0.6) * _blobs(rng, n, rng.uniform(0.6, 3.0) / pixel, sign=True)
+    if rng.random() < 0.25:  # edge of the support
+        angle, width = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.8) / pixel
+        along = (np.arange(n) - rng.uniform(0, n)) * np.array([[np.cos(angle)], [np.sin(angle)]])
+        thickness = thickness / (1 + np.exp(-np.clip((along[0] + along[1][:, None]) / width, -50, 50)))
+        on_support = thickness[tuple(np.clip((xy[:, ::-1] / pixel).astype(int), 0, n - 1).T)] > 0.2
+        xy = xy[on_support]
+    thickness = np.maximum(thickness, 0.02)
+    # contrast of one atom over the mean support, and noise: signal-to-noise of the matched filter, 3 to 60
+    contrast = _log_uniform(rng, 0.08, 1.5)
+    ratio = _log_uniform(rng, 3.0, 60.0)
+    per_pixel = (ratio * pixel / (contrast * np.sqrt(np.pi) * blur)) ** 2
+    support = thickness
+    if not of.clean:
+        grain = _texture(rng, n, blur / pixel, white=rng.uniform(0.2, 1.5))
+        amount = min(0.25, contrast * rng.uniform(0.05, 0.3))
+        support = np.maximum(thickness + amount * np.sqrt(thickness) * grain, 0.01)
+    weight = np.exp(rng.normal(0, rng.uniform(0.05, 0.3), len(xy)))
+    integral = contrast * 2 * np.pi * (blur / pixel) ** 2
+    expected = _gaussians(rng, xy / pixel, weight * integral, blur / pixel, n, of.clean)
+    image = _detect(rng, per_pixel * (support + expected), of.clean)
+    return Scene(image, (pixel, pixel), xy / pixel, np.full(len(xy), "heavy"), weight * integral * per_pixel)
+
+
+def _gaussians(rng: np.random.Generator, xy: Floats, counts: Floats, sigma: float, n: int, clean: bool) -> Floats:
+    """Expected counts [n, n] of columns at ``xy`` (pixels): core and tail of the probe, lines displaced by scan jitter."""
+    core, wide = (1.0, 1.0) if clean else (rng.uniform(0.65, 1.0), rng.uniform(1.6, 3.0))
+    jitter = np.zeros((2, n)) if clean else rng.normal(0, sigma * rng.uniform(0, 0.3), (2, n))
+    tall = 1.0 if clean else np.exp(rng.normal(0, 0.06))  # mild astigmatism along the axes
+    at = np.arange(n) + 0.5
+    total = np.zeros((n, n))
+    for share, width in ((core, sigma), (1 - core, sigma * wide)):
+        if share <= 0:
+            continue
+        sx, sy = width * tall, width / tall
+        dx, dy = (at - xy[:, :1]) / sx, (at + jitter[1] - xy[:, 1:]) / sy
+        gx = np.exp(-0.5 * dx**2) / (np.sqrt(2 * np.pi) * sx)
+        gy = (counts * share)[:, None] * np.exp(-0.5 * dy**2) / (np.sqrt(2 * np.pi) * sy)
+        # a line's own x displacement, to second order in jitter / sigma
+        shift = jitter[0][:, None]
+        total += gy.T @ gx - shift * (gy.T @ (gx * dx / sx)) + 0.5 * shift**2 * (gy.T @ (gx * (dx**2 - 1) / sx**2))
+    return np.maximum(total, 0)
+
+
+def _ramp(rng: np.random.Generator, n: int) -> Floats:
+    """A plane between 0 and 1."""
+    slope = rng.uniform(-1, 1, 2)
+    plane = slope[0] * np.linspace(0, 1, n)[:, None] + slope[1] * np.linspace(0, 1, n)
+    return np.asarray((plane - plane.min()) / max(float(np.ptp(plane)), 1e-9))
+
+
+def _filtered(rng: np.random.Generator, n: int, gain: Floats) -> Floats:
+    """Gaussian random field [n, n] with the amplitude spectrum ``gain`` (over ``_frequencies``), spread 1."""
+    field = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(2 * n, 2 * n))) * gain, s=(2 * n, 2 * n))[:n, :n]
+    return np.asarray(field / max(float(field.std()), 1e-9))
+
+
+def _frequencies(n: int) -> Floats:
+    return np.hypot(np.fft.fftfreq(2 * n)[:, None], np.fft.rfftfreq(2 * n)) + 1e-6
+
+
+def _blobs(rng: np.random.Generator, n: int, scale_px: float, sign: bool = False) -> Floats:
+    """Smooth field with features of ``scale_px``: where it is positive, or with ``sign`` all of it."""
+    field = _filtered(rng, n, np.exp(-2 * (np.pi * _frequencies(n) * scale_px / 2) ** 2))
+    return field if sign else np.maximum(field, 0)
+
+
+def _texture(rng: np.random.Generator, n: int, sigma: float, white: float) -> Floats:
+    """What unresolved light atoms look like through the probe, with a share of longer clumps."""
+    k = _frequencies(n)
+    probe = np.exp(-2 * (np.pi * k * sigma) ** 2)
+    clumps = (k * sigma) ** -1.2 * np.exp(-2 * (np.pi * k * sigma) ** 2)
+    return _filtered(rng, n, probe * white + 0.1 * clumps)
+
+
+def _detect(rng: np.random.Generator, expected: Floats, clean: bool) -> NDArray[np.float32]:
+    """Poisson counts; unless ``clean``, with uneven lines and, for half of the scenes, gain, offset and read noise."""
+    if clean:
+        return rng.poisson(expected).astype(np.float32)
+    lines = 1 + rng.normal(0, rng.uniform(0, 0.03), (len(expected), 1))
+    counts = rng.poisson(expected * np.maximum(lines, 0)).astype(float)
+    if rng.random() < 0.5:
+        read = rng.uniform(0, 0.4) * np.sqrt(expected.mean())
+        counts = _log_uniform(rng, 1e-3, 1e3) * (counts + rng.normal(0, read, counts.shape) + rng.uniform(-1, 20))
+    return counts.astype(np.float32)
