@@ -87,7 +87,7 @@ class HaadfScenes(Model):
 
 @dataclass(frozen=True)
 class _Columns:
-    """Columns of a sheet: ``xy`` [n, 2] nm from the frame's corner, ``weight`` relative to the brightest kind, labels."""
+    """Columns of a sheet: ``xy`` [n, 2] nm from the frame's corner, ``weight`` (brightest kind 1) and ``labels``."""
 
     xy: Floats
     weight: Floats
@@ -106,7 +106,7 @@ def _hexagonal(rng: np.random.Generator, side: float, a: float) -> tuple[Floats,
     reach = int(np.ceil((side + 2 * MARGIN_NM) / a)) + 2
     i, j = (k.ravel() for k in np.mgrid[-reach : reach + 1, -reach : reach + 1])
     first = np.stack([a * (i + 0.5 * j), a * np.sqrt(0.75) * j], 1)
-    both = np.concatenate([first, first + [a / 2, a / np.sqrt(12)]]) + rng.uniform(0, a, 2)
+    both = np.concatenate([first, first + np.array([a / 2, a / np.sqrt(12)])]) + rng.uniform(0, a, 2)
     angle = rng.uniform(0, 2 * np.pi)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     strain = np.eye(2) * rng.uniform(0.92, 1.08) + rng.uniform(-0.03, 0.03, (2, 2))
@@ -211,7 +211,7 @@ def _single_atoms(rng: np.random.Generator, of: HaadfScenes, pixel: float, blur:
 
 
 def _gaussians(rng: np.random.Generator, xy: Floats, counts: Floats, sigma: float, n: int, clean: bool) -> Floats:
-    """Expected counts [n, n] of columns at ``xy`` (pixels): core and tail of the probe, lines displaced by scan jitter."""
+    """Expected counts [n, n] of columns at ``xy`` (pixels): probe core and tail, lines shifted by scan jitter."""
     core, wide = (1.0, 1.0) if clean else (rng.uniform(0.65, 1.0), rng.uniform(1.6, 3.0))
     jitter = np.zeros((2, n)) if clean else rng.normal(0, sigma * rng.uniform(0, 0.3), (2, n))
     tall = 1.0 if clean else np.exp(rng.normal(0, 0.06))  # mild astigmatism along the axes
@@ -244,13 +244,13 @@ def _filtered(rng: np.random.Generator, n: int, gain: Floats) -> Floats:
 
 
 def _frequencies(n: int) -> Floats:
-    return np.hypot(np.fft.fftfreq(2 * n)[:, None], np.fft.rfftfreq(2 * n)) + 1e-6
+    return np.asarray(np.hypot(np.fft.fftfreq(2 * n)[:, None], np.fft.rfftfreq(2 * n)) + 1e-6)
 
 
 def _blobs(rng: np.random.Generator, n: int, scale_px: float, sign: bool = False) -> Floats:
     """Smooth field with features of ``scale_px``: where it is positive, or with ``sign`` all of it."""
     field = _filtered(rng, n, np.exp(-2 * (np.pi * _frequencies(n) * scale_px / 2) ** 2))
-    return field if sign else np.maximum(field, 0)
+    return field if sign else np.asarray(np.maximum(field, 0))
 
 
 def _texture(rng: np.random.Generator, n: int, sigma: float, white: float) -> Floats:

@@ -80,7 +80,6 @@ class AtomFinder:
 
     @cached_property
     def _net(self) -> UNet:
-        import torch
         from safetensors import SafetensorError
 
         from . import unet
@@ -91,10 +90,10 @@ class AtomFinder:
             raise BadInput(
                 f"{self._source}: not the weights of this network: {error}", "run `aecontrol train atoms`"
             ) from error
-        return net.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # overload missing in stubs
+        return unet.place(net, self._device)
 
     def find(self, image: NDArray[np.generic], pixel_size_nm: tuple[float, float], threshold: float = 0.5) -> Found:
-        """Atoms of ``image`` [rows, cols] with pixels ``pixel_size_nm`` (x, y) whose confidence is at least ``threshold``.
+        """Atoms of ``image`` [rows, cols], pixels ``pixel_size_nm`` (x, y), with at least ``threshold`` confidence.
 
         Deterministic; does not depend on the image's gain and offset. Raises BadInput for an image that is not 2-D,
         not finite, too coarse (0.13 nm) or too small (0.24 nm).

@@ -8,6 +8,7 @@ preconditioned conjugate gradients and never stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,11 +61,11 @@ class _Columns:
     def splat(self, windows: Floats) -> Floats:
         """Sum of the columns' windows [n, p] as an image."""
         total = np.bincount(self.index.ravel(), windows.ravel(), minlength=self.shape[0] * self.shape[1])
-        return total.reshape(self.shape)
+        return np.asarray(total.reshape(self.shape), dtype=np.float64)
 
     def gather(self, image: Floats) -> Floats:
         """Windows [n, p] of an image."""
-        return image.ravel()[self.index]
+        return np.asarray(image.ravel()[self.index])
 
 
 def _profile(at: Floats, sigma: float, reach: int, length: int) -> tuple[NDArray[np.int64], Floats, Floats, Floats]:
@@ -82,7 +83,7 @@ def _hats(length: int, pixel_nm: float) -> Floats:
     """[length, knots] linear interpolation weights of the background's knots along one axis."""
     knots = max(2, round(length * pixel_nm / KNOT_NM) + 1)
     at = (np.arange(length) + 0.5) / length * (knots - 1)
-    return np.maximum(0.0, 1 - np.abs(at[:, None] - np.arange(knots)))
+    return np.asarray(np.maximum(0.0, 1 - np.abs(at[:, None] - np.arange(knots))))
 
 
 @dataclass
@@ -107,7 +108,7 @@ class _Problem:
         return _Columns(_shape(self.image), s.x, s.y, blur / self.pixel[0], blur / self.pixel[1])
 
     def background(self, knots: Floats) -> Floats:
-        return self.hat_y @ knots @ self.hat_x.T
+        return np.asarray(self.hat_y @ knots @ self.hat_x.T)
 
     def model(self, s: _State, c: _Columns) -> Floats:
         return c.splat(c.g * s.a[:, None]) + self.background(s.knots)
@@ -122,7 +123,8 @@ class _Problem:
         def forward(v: Floats) -> Floats:
             da, dx, dy = v[:n, None], v[n : 2 * n, None], v[2 * n : 3 * n, None]
             atoms = c.splat(c.g * da + gx * dx + gy * dy)
-            return atoms + self.background(v[3 * n : 3 * n + k].reshape(s.knots.shape)) + gs * v[-1]
+            background = self.background(v[3 * n : 3 * n + k].reshape(s.knots.shape))
+            return np.asarray(atoms + background + gs * v[-1])
 
         def backward(image: Floats) -> Floats:
             w = c.gather(image)
@@ -187,7 +189,7 @@ def _start(problem: _Problem, x: Floats, y: Floats) -> tuple[_State, Floats]:
 
 
 def _variance(model: Floats, residual: Floats) -> Floats:
-    """Variance of every pixel, v0 + g model with v0, g >= 0 fitted to the squared residuals in 16 classes of the model."""
+    """Variance of every pixel, v0 + g model with v0, g >= 0 fitted to squared residuals in 16 classes of the model."""
     from scipy.optimize import nnls
 
     order = np.argsort(model, axis=None)
@@ -197,7 +199,7 @@ def _variance(model: Floats, residual: Floats) -> Floats:
     base = level.min()
     relative = 1 / np.maximum(square, 1e-3 * square.max() + 1e-300)  # variances err in proportion to themselves
     v0, gain = nnls(np.stack([np.ones_like(level), level - base], 1) * relative[:, None], square * relative)[0]
-    return np.maximum(v0 + gain * (model - base), 1e-3 * square.mean() + 1e-300)
+    return np.asarray(np.maximum(v0 + gain * (model - base), 1e-3 * square.mean() + 1e-300))
 
 
 def _finish(problem: _Problem, s: _State, c: _Columns, residual: Floats, x0: Floats, y0: Floats) -> Fit:
@@ -221,7 +223,7 @@ def _finish(problem: _Problem, s: _State, c: _Columns, residual: Floats, x0: Flo
     )
 
 
-def _conjugate_gradients(apply, right: Floats, diagonal: Floats) -> Floats:  # type: ignore[no-untyped-def]
+def _conjugate_gradients(apply: Callable[[Floats], Floats], right: Floats, diagonal: Floats) -> Floats:
     """Solve ``apply(v) = right`` for a symmetric positive ``apply``, diagonally preconditioned."""
     inverse = np.divide(1.0, diagonal, out=np.zeros_like(diagonal), where=diagonal > 1e-12 * diagonal.max())
     v = np.zeros_like(right)

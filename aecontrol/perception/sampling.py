@@ -12,7 +12,7 @@ from aecontrol.errors import BadInput
 NET_PIXEL_NM = 0.03
 """Pixel size that images are brought to. Chosen: 3 pixels across the narrowest column (FWHM 0.08 nm)."""
 COARSEST_KEPT_NM = 0.042
-"""Pixels up to this size are left alone (the network is trained for 0.02 to 0.042 nm); coarser ones are interpolated."""
+"""Pixels up to this size are left alone (the network is trained for 0.02 to 0.042 nm), coarser ones interpolated."""
 COARSEST_NM = 0.13
 """Beyond this, neighbouring atoms of any material fall in one pixel."""
 SMALLEST_PX = 8
@@ -84,10 +84,10 @@ def normalise(image: NDArray[np.float64], pixel_yx_nm: tuple[float, float]) -> N
     width = [max(3, round(NORMALISE_NM / p)) for p in pixel_yx_nm]
 
     def smooth(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        return uniform_filter(uniform_filter(x, width), width)
+        return np.asarray(uniform_filter(uniform_filter(x, width), width))
 
     deviation = image - smooth(image)
     variance = smooth(deviation**2)
     spread = np.sqrt(np.maximum(variance, 0) + 0.1 * variance.mean())
     normalised = np.divide(deviation, spread, out=np.zeros_like(deviation), where=spread > 1e-9 * np.abs(image).max())
-    return np.clip(normalised, -CLIP, CLIP).astype(np.float32)
+    return np.asarray(np.clip(normalised, -CLIP, CLIP), dtype=np.float32)

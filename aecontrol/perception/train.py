@@ -48,7 +48,7 @@ class Scene(Protocol):
 
     @property
     def positions_px(self) -> Floats:
-        """[n, 2] (x, y) of every atom to be found, centre of pixel [0, 0] at (0.5, 0.5); also just outside the frame."""
+        """[n, 2] (x, y) of all atoms, centre of pixel [0, 0] at (0.5, 0.5); those just outside the frame too."""
 
 
 class Scenes(Protocol):
@@ -68,7 +68,7 @@ class TrainAtoms(Model):
     """[train]: how the network is trained."""
 
     seed: Count = Field(0, description="of weights, scenes and crops")
-    steps: PositiveInt = Field(1800, description="optimiser steps")
+    steps: PositiveInt = Field(1500, description="optimiser steps")
     batch: PositiveInt = Field(24, description="patches a step")
     patch_px: PositiveInt = Field(96, multiple_of=4, description="side of a patch")
     width: PositiveInt = Field(16, description="channels at full resolution")
@@ -120,7 +120,7 @@ def train_atoms(
         "training_seconds": round(time.perf_counter() - started, 1),
         "libraries": {"torch": torch.__version__, "numpy": np.__version__},
         "metrics": evaluate(AtomFinder(path), scenes, config.seed, config.held_out_scenes),
-        "metrics_note": f"threshold 0.5, gate 0.05 nm, rim of {RIM_NM} nm left out, scenes of a stream unseen in training",
+        "metrics_note": f"threshold 0.5, gate 0.05 nm, rim of {RIM_NM} nm left out, scenes unseen in training",
     }
     write_durable(out_dir / "atoms.json", (json.dumps(card, indent=1) + "\n").encode())
     return card
@@ -130,10 +130,10 @@ def _fit(config: TrainAtoms, scenes: Scenes, progress: Progress | None) -> UNet:
     import torch
     from torch.nn import functional
 
-    from .unet import UNet
+    from .unet import UNet, place
 
     torch.manual_seed(config.seed)
-    net = UNet(config.width).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in stubs
+    net = place(UNet(config.width), "cpu")
     optimiser = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, config.steps, pct_start=0.1)
     recent = 0.0
@@ -143,14 +143,15 @@ def _fit(config: TrainAtoms, scenes: Scenes, progress: Progress | None) -> UNet:
         logits = net(torch.from_numpy(inputs).to(memory_format=torch.channels_last))
         loss = functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(targets))
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimiser.step()
         schedule.step()
         recent = loss.item() if step == 0 else 0.98 * recent + 0.02 * loss.item()
         if progress:
             progress(step + 1, config.steps, recent)
-    return net.eval()
+    net.eval()
+    return net
 
 
 def _batch(config: TrainAtoms, scenes: Scenes, step: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -232,7 +233,7 @@ def match(found: Floats, truth: Floats, size_nm: Floats, gate_nm: float) -> tupl
     from scipy.optimize import linear_sum_assignment
 
     def inner(p: Floats) -> NDArray[np.bool_]:
-        return ((p > RIM_NM) & (p < size_nm - RIM_NM)).all(1)
+        return np.asarray(np.all((p > RIM_NM) & (p < size_nm - RIM_NM), axis=1))
 
     distance = np.hypot(*(found[:, None] - truth[None]).transpose(2, 0, 1))
     i, j = linear_sum_assignment(np.minimum(distance, 2 * gate_nm))

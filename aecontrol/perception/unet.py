@@ -35,7 +35,7 @@ class _Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """[n, 1, h, w] normalised images -> [n, 1, h, w] logits of the centre heat map; h and w multiples of ``MULTIPLE``."""
+    """[n, 1, h, w] normalised images -> [n, 1, h, w] logits of the heat map; h and w multiples of ``MULTIPLE``."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -48,15 +48,19 @@ class UNet(nn.Module):
         self.from2 = nn.Conv2d(b, a, 1)
         self.up1 = _Block(a, a)
         self.head = nn.Conv2d(a, 1, 1)
-        nn.init.constant_(self.head.bias, -3.0)  # centres are rare: start near the base rate
+        with torch.no_grad():
+            self.head.weight.mul_(0.1)
+            self.head.get_parameter("bias").fill_(-3.0)  # centres are rare: start near the base rate
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits; see the class."""
         fine = self.down1(x)
         half = self.down2(fine)
         quarter = self.bottom(half)
         half = self.up2(half + _double(self.from3(quarter)))
         fine = self.up1(fine + _double(self.from2(half)))
-        return self.head(fine)
+        logits: Tensor = self.head(fine)
+        return logits
 
     def fused(self) -> UNet:
         """Itself, in inference mode with every normalisation folded away (not trainable afterwards)."""
@@ -71,6 +75,15 @@ def _double(x: Tensor) -> Tensor:
     return functional.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
+def place(net: UNet, device: str) -> UNet:
+    """The network on ``device``, channels last in memory, which is the faster layout for it on CPUs."""
+    net.to(torch.device(device))
+    for parameter in net.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return net
+
+
 def load(data: bytes) -> UNet:
     """The network stored as safetensors ``data``, fused for inference. Raises on foreign or damaged bytes."""
     from safetensors.torch import load as load_tensors
@@ -82,7 +95,7 @@ def load(data: bytes) -> UNet:
 
 
 def probability(net: UNet, image: Tensor) -> Tensor:
-    """[h, w] normalised image -> [h, w] heat map in [0, 1]; the image is zero-padded (its local mean) to ``MULTIPLE``."""
+    """[h, w] normalised image -> [h, w] heat map in [0, 1]; zero-padded (the local mean) to ``MULTIPLE``."""
     h, w = image.shape
     padded = functional.pad(image[None, None], (0, -w % MULTIPLE, 0, -h % MULTIPLE))
     with torch.inference_mode():
