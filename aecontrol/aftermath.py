@@ -223,4 +223,4 @@ def finished_summary(folder: Path) -> dict[str, Any] | None:
     if not path.is_file() or read_events(folder)[-1].kind not in ("stopped", "decided"):
         return None
     summary: dict[str, Any] = json.loads(path.read_bytes())
-    return summary
+    return None if summary["contract"]["stopped"]["kind"] == "paused" else summary

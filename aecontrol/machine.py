@@ -189,6 +189,7 @@ class State:
     phase: Phase = "new"
     resting: Phase = "new"  # where a paused session goes on
     capabilities: Capabilities | None = None
+    perceiver: str = ""
     candidates: tuple[ScanRegion, ...] = ()
     step: int = 0
     attempt: int = 0
@@ -272,11 +273,12 @@ def candidate_grid(plan: ScanPlan, field_nm: tuple[float, float]) -> tuple[ScanR
     )
 
 
-def refusal(state: State, region: ScanRegion, bound: Charge) -> str | None:
-    """The guard: why ``region`` must not be exposed now, or None. It holds whatever a policy says."""
+def refusal(state: State, region: ScanRegion, bound: Charge, before_s: float = 0.0) -> str | None:
+    """The guard: why ``region`` must not be exposed now, or None. It holds whatever a policy says. ``before_s``: time
+    that will be charged before the exposure can begin."""
     assert state.capabilities is not None
     return over_limits(region, state.capabilities) or over_budget(
-        region, bound, state.plan.budget, state.charged, state.tile_map, state.plan.decision_seconds
+        region, bound, state.plan.budget, state.charged, state.tile_map, before_s
     )
 
 
@@ -287,7 +289,7 @@ def preflight(plan: Plan, capabilities: Capabilities) -> None:
     if plan.overview is not None:
         regions.insert(0, ("overview", overview_region(plan.overview, capabilities.field_nm)))
     for name, region in regions:
-        if reason := refusal(state, region, bound_charge(region, capabilities)):
+        if reason := refusal(state, region, bound_charge(region, capabilities), plan.decision_seconds):
             raise BadInput(f"the {name} cannot be taken: {reason}", f"change the {name}'s table or raise the budget")
 
 
@@ -299,7 +301,7 @@ def history(state: State) -> History:
     assert state.capabilities is not None
     charges = _bounds(state.candidates, state.capabilities)
     feasible = tuple(
-        index not in state.closed and refusal(state, region, charge) is None
+        index not in state.closed and refusal(state, region, charge, state.plan.decision_seconds) is None
         for index, (region, charge) in enumerate(zip(state.candidates, charges, strict=True))
     )
     return History(
@@ -427,6 +429,7 @@ def apply(state: State, event: SessionEvent) -> State:
                 state,
                 phase="overview" if state.plan.overview is not None else "ready",
                 capabilities=event.capabilities,
+                perceiver=event.perceiver,
                 candidates=candidate_grid(state.plan.scan, event.capabilities.field_nm),
                 tiles=TileMap(event.capabilities.field_nm),
             )

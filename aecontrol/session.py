@@ -143,7 +143,7 @@ class Session:
         effects: Effects | None = None
         try:
             while command := next_command(self.state):
-                effects = effects or Effects(self.folder, self.config, device)
+                effects = effects or Effects(self.folder, self.config, device, self.state)
                 for event in effects.perform(command, self.state):
                     self._record(event)
                     if observer:
@@ -205,11 +205,13 @@ def load_array(folder: Path, ref: ArrayRef) -> NDArray[np.generic]:
 class Effects:
     """Instrument, perceiver and policy of one process, and what each command does with them."""
 
-    def __init__(self, folder: Path, config: SessionConfig, device: str) -> None:
+    def __init__(self, folder: Path, config: SessionConfig, device: str, state: State) -> None:
         self._folder, self._config = folder, config
         seed = config.tables.session.seed
         self._microscope: Microscope = config.driver.build(folder / "instrument", config.base, seed)
         self._perceiver: Perceiver = config.perceiver.build(device)
+        if state.capabilities is not None:
+            self._same_parts(state)
         self._embedding: Embedding | None = None
         self._reference: NDArray[np.float64] = np.empty((0, 0))
         self._arrived = time.perf_counter()
@@ -249,6 +251,20 @@ class Effects:
                 yield self._reembed(command)
             case Finish():
                 yield command.event
+
+    def _same_parts(self, state: State) -> None:
+        """A session goes on only with the instrument and the perception that it began with."""
+        pairs = (
+            ("instrument", state.capabilities, self._microscope.capabilities()),
+            ("perception", state.perceiver, self._perceiver.version),
+        )
+        for name, then, now in pairs:
+            if then != now:
+                self._microscope.close()
+                raise BadInput(
+                    f"the {name} is not the one that this session began with (now {now})",
+                    "resume with the same installation, weights and files; or begin a new session",
+                )
 
     # ------------------------------------------------------------ one method a command
 

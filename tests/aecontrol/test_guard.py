@@ -150,7 +150,7 @@ def _fresh_key_after_a_crash(patch):
 
 
 def _no_guard(patch):
-    patch.setattr("aecontrol.machine.refusal", lambda state, region, bound: None)
+    patch.setattr("aecontrol.machine.refusal", lambda state, region, bound, before_s=0.0: None)
 
 
 def _no_areal_guard(patch):

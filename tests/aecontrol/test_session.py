@@ -184,3 +184,20 @@ def test_events_are_plain_json_without_pixels(tmp_path):
     bodies = [event.model_dump_json() for event in read_events(tmp_path / "s")]
     assert max(map(len, bodies)) < 8000
     assert json.loads(bodies[0])["kind"] == "session_started"
+
+
+def test_the_last_second_of_the_budget_can_be_spent(tmp_path):
+    """A window that the mask allows is not refused once the decision has been charged."""
+    budget = Budget(electrons=10**6, seconds=3.005)
+    state = run(tmp_path / "s", configuration(TAME, CountingColumn(), budget))
+    assert state.stopped.cause == "budget"
+    assert len(state.scans) == 2  # three decisions of a second each, the overview among them; a fourth does not fit
+    assert state.charged.seconds <= 3.005
+
+
+def test_another_perception_model_cannot_go_on(tmp_path):
+    config = configuration(TAME, FaultyColumn(CountingColumn(), {1: "nan", 2: "nan", 3: "nan"}), BUDGET)
+    assert run(tmp_path / "s", config).phase == "paused"
+    config.perceiver.version = "another"
+    with pytest.raises(BadInput, match="perception is not the one"):
+        resume(tmp_path / "s", config)
