@@ -34,7 +34,6 @@ GRID_PER_PERIOD = 4.0
 default source)."""
 MAX_GRID_POINTS = 2**25
 """Larger images are rendered in halves, to bound memory."""
-TABLE_REFINEMENT = 4
 DEFAULT_EXPONENT = 1.7
 LINEAR_THICKNESS_NM = 4.0
 MIN_INNER_OVER_SEMI_ANGLE = 2.5
@@ -111,7 +110,6 @@ class HaadfRenderer:
         self.optics = optics
         self._scale, self.exponent, self.calibrated = scattering_strength(optics, exponent)
         self._kernel = lru_cache(maxsize=16)(self._make_kernel)
-        self._table = lru_cache(maxsize=16)(self._make_table)
         self.grid_A = 1.0 / (GRID_PER_PERIOD * optics.band_limit_per_A)
 
     def cross_sections_A2(self, atomic_numbers: NDArray[np.int64]) -> Array:
@@ -201,7 +199,8 @@ class HaadfRenderer:
         """Transfer of probe, source and atom on a half grid of frequencies, over that of the two B-splines."""
         from scipy import ndimage
 
-        table, step = self._table(rms_u_A)
+        # The table's frequency step, 1 / (160 angstrom), is fine enough for linear interpolation.
+        table, step = transfer(self.optics, rms_u_A**2 + POTENTIAL_WIDTH_A**2)
         middle = table.shape[0] // 2
         edge = self.optics.band_limit_per_A * self.grid_A
         fy, fx = np.fft.fftfreq(rows), np.fft.rfftfreq(cols)
@@ -213,17 +212,6 @@ class HaadfRenderer:
         kernel = np.zeros((rows, len(fx)), dtype=np.float32)
         kernel[np.ix_(iy, ix)] = values / (np.sinc(fy[iy, None]) * np.sinc(fx[None, ix])) ** 8
         return kernel
-
-    def _make_table(self, rms_u_A: float) -> tuple[Array, float]:
-        """Transfer of probe, source and atom on a frequency grid fine enough for linear interpolation, and its step."""
-        from scipy import ndimage
-
-        otf, step = transfer(self.optics, rms_u_A**2 + POTENTIAL_WIDTH_A**2)
-        half = TABLE_REFINEMENT * (otf.shape[0] // 2 - 1)
-        fine = np.arange(-half, half + 1) / TABLE_REFINEMENT + otf.shape[0] // 2
-        return ndimage.map_coordinates(
-            otf, np.stack(np.meshgrid(fine, fine, indexing="ij")), order=3
-        ), step / TABLE_REFINEMENT
 
 
 def spread_on_grid(where: Array, weights: Array, shape: tuple[int, int]) -> Array:
