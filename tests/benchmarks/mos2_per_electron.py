@@ -3,7 +3,7 @@
     python tests/benchmarks/mos2_per_electron.py [--seeds 5] [--config configs/mos2_vacancies.toml]
 
 Each row is one `aecontrol run --seed N`: a new specimen, its overview counted, and afterwards the raster on a fresh
-copy of that specimen, without overview, same windows, same budget, same detector. Found means matched to a true vacancy.
+copy of that specimen, without overview, same windows, same budget, same detector. Found: matched to a true vacancy.
 """
 
 from __future__ import annotations
