@@ -20,7 +20,7 @@ from aecontrol.events import Decided
 from aecontrol.machine import State
 from aecontrol.protocols import HasTruth, Truth
 from aecontrol.scoring import recall_curve, score
-from aecontrol.session import Session, read_events
+from aecontrol.session import Session
 from aecontrol.types import ScanRegion
 
 Progress = Callable[[str], None]
@@ -220,7 +220,7 @@ def _result_line(name: str, contract: dict[str, Any], curve: dict[str, Any], uni
 def finished_summary(folder: Path) -> dict[str, Any] | None:
     """The summary of a session that has been concluded, else None."""
     path = folder / "summary.json"
-    if not path.is_file() or read_events(folder)[-1].kind not in ("stopped", "decided"):
+    if not path.is_file() or not (folder / "report.html").is_file():
         return None
     summary: dict[str, Any] = json.loads(path.read_bytes())
     return None if summary["contract"]["stopped"]["kind"] == "paused" else summary

@@ -114,7 +114,7 @@ def main() -> None:
     pixel, match = raw["driver"]["pixel_size_nm"], raw["session"]["match_nm"]
     print("fraction of the field's pixels charged to reach the level; random is the mean over seeds")
     print(
-        "image labels | scanned: policy random ratio raster oracle | found: policy random ratio raster | recall at the end"
+        "image labels | scanned: policy random ratio raster oracle | found: policy random ratio raster | final recall"
     )
     ratios: dict[str, list[float]] = {"scanned": [], "found": []}
     with tempfile.TemporaryDirectory() as name:
