@@ -49,7 +49,7 @@ class HaadfScenes(Model):
     families: tuple[Family, ...] = Field(
         ("mos2", "graphene", "single_atoms", "single_atoms"), min_length=1, description="drawn with equal chance each"
     )
-    size_px: PositiveInt = Field(128, description="rows and columns of a scene")
+    size_px: PositiveInt = Field(96, description="rows and columns of a scene (fewer when its pixels are coarse)")
     pixel_nm: tuple[float, float] = Field((0.02, 0.042), description="smallest and largest pixel, nm")
     coarse_fraction: float = Field(0.1, ge=0, le=1, description="fraction of scenes with pixels up to 0.1 nm")
     counts: tuple[float, float] = Field((5.0, 1e4), description="range of the brightest column's expected counts")
@@ -60,22 +60,24 @@ class HaadfScenes(Model):
         """Scene ``index`` of stream ``seed``; the same numbers give the same scene in any process. Cannot fail."""
         rng = stream(seed, "scene", index)
         pixel = _log_uniform(rng, *self.pixel_nm)
+        side = self.size_px * pixel
         if rng.random() < self.coarse_fraction:
             pixel = _log_uniform(rng, self.pixel_nm[1], 0.1)
+        n = round(side / pixel)
         family = self.families[rng.integers(len(self.families))]
         blur = _log_uniform(rng, *self.blur_nm)
         counts = _log_uniform(rng, *self.counts)
         if family == "single_atoms":
-            return _single_atoms(rng, self, pixel, 1.35 * blur)
+            return _single_atoms(rng, self, n, pixel, 1.35 * blur)
         build = _mos2 if family == "mos2" else _graphene
-        columns = build(rng, self.size_px * pixel, defects=True)
+        columns = build(rng, n * pixel)
         if not self.clean:
-            columns = _cut_edge(rng, columns, self.size_px * pixel)
-        return _sheet(rng, self, columns, pixel, blur, counts)
+            columns = _cut_edge(rng, columns, n * pixel)
+        return _sheet(rng, self, columns, n, pixel, blur, counts)
 
     def held_out(self) -> dict[str, HaadfScenes]:
         """Named conditions for a model card: each sheet at four doses (the brightest column's counts), single atoms."""
-        fixed: dict[str, object] = {"pixel_nm": (0.03, 0.03), "coarse_fraction": 0.0}
+        fixed: dict[str, object] = {"size_px": 128, "pixel_nm": (0.03, 0.03), "coarse_fraction": 0.0}
         conditions = {
             f"{family}, {counts} counts": {"families": (family,), "counts": (counts, counts)}
             for family in ("mos2", "graphene")
@@ -116,12 +118,12 @@ def _hexagonal(rng: np.random.Generator, side: float, a: float) -> tuple[Floats,
     return xy[near] + rng.normal(0, rng.uniform(0, 0.012), (near.sum(), 2)), sublattice[near]
 
 
-def _mos2(rng: np.random.Generator, side: float, defects: bool) -> _Columns:
+def _mos2(rng: np.random.Generator, side: float) -> _Columns:
     """MoS2 (a = 0.316 nm). Brightness ratios span the multislice values for 60-100 kV and 60-200 to 86-200 mrad."""
     xy, sublattice = _hexagonal(rng, side, 0.316)
     labels = np.where(sublattice == 0, "Mo", "S2")
     chance = rng.random(len(xy))
-    single, double = (rng.uniform(0, 0.15), rng.uniform(0, 0.04)) if defects else (0.0, 0.0)
+    single, double = rng.uniform(0, 0.15), rng.uniform(0, 0.04)
     labels[(labels == "S2") & (chance < single)] = "S1"
     missing = ((sublattice == 1) & (chance > 1 - double)) | ((sublattice == 0) & (chance > 1 - 0.2 * double))
     s2 = 1 / rng.uniform(1.9, 3.2)
@@ -130,13 +132,13 @@ def _mos2(rng: np.random.Generator, side: float, defects: bool) -> _Columns:
     return _Columns(xy, weight, labels)[~missing]
 
 
-def _graphene(rng: np.random.Generator, side: float, defects: bool) -> _Columns:
+def _graphene(rng: np.random.Generator, side: float) -> _Columns:
     """Graphene (a = 0.246 nm) with vacancies and a rare heavier substitute."""
     xy, _ = _hexagonal(rng, side, 0.246)
     chance = rng.random(len(xy))
-    heavier = chance < (0.004 if defects else 0.0)
+    heavier = chance < 0.004
     labels = np.where(heavier, "heavy", "C")
-    missing = chance > 1 - (rng.uniform(0, 0.05) if defects else 0.0)
+    missing = chance > 1 - rng.uniform(0, 0.05)
     return _Columns(xy, np.where(heavier, rng.uniform(2, 5), 1.0), labels)[~missing]
 
 
@@ -154,10 +156,9 @@ def _cut_edge(rng: np.random.Generator, columns: _Columns, side: float) -> _Colu
 
 
 def _sheet(
-    rng: np.random.Generator, of: HaadfScenes, columns: _Columns, pixel: float, blur: float, counts: float
+    rng: np.random.Generator, of: HaadfScenes, columns: _Columns, n: int, pixel: float, blur: float, counts: float
 ) -> Scene:
     """A rendered monolayer: columns, background, contamination, noise."""
-    n = of.size_px
     expected = _gaussians(rng, columns.xy / pixel, columns.weight * counts, blur / pixel, n, of.clean)
     peak = counts * pixel**2 / (2 * np.pi * blur**2)
     background = np.full((n, n), peak * rng.uniform(0.005, 0.08))
@@ -175,9 +176,9 @@ def _sheet(
     )
 
 
-def _single_atoms(rng: np.random.Generator, of: HaadfScenes, pixel: float, blur: float) -> Scene:
+def _single_atoms(rng: np.random.Generator, of: HaadfScenes, n: int, pixel: float, blur: float) -> Scene:
     """Isolated heavy atoms on a mottled light support, in parts over vacuum."""
-    n, side = of.size_px, of.size_px * pixel
+    side = n * pixel
     area = (side + 2 * MARGIN_NM) ** 2
     xy = rng.uniform(-MARGIN_NM, side + MARGIN_NM, (rng.poisson(_log_uniform(rng, 0.05, 1.2) * area), 2))
     if len(xy) > 1 and rng.random() < 0.5:  # pairs and short rows

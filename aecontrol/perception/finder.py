@@ -122,28 +122,12 @@ class AtomFinder:
             blur_nm=fit.blur_nm,
         )
 
-    def heat_map(
-        self, image: NDArray[np.generic], pixel_size_nm: tuple[float, float]
-    ) -> tuple[NDArray[np.float32], tuple[float, float]]:
-        """The network's heat map of ``image`` on its own grid, and the original pixels per heat pixel (y, x).
-
-        Divided by ``heat_per_atom``, a sum of heat over an area is the expected number of atoms in it. Raises like
-        :meth:`find`.
-        """
-        resampled = sampling.resample(image, pixel_size_nm)
-        return self._heat(resampled), resampled.scale
-
     def _heat(self, resampled: sampling.Resampled) -> NDArray[np.float32]:
         import torch
 
         from . import unet
 
         return unet.probability(self._net, torch.from_numpy(resampled.image).to(self._device)).cpu().numpy()
-
-
-def heat_per_atom(pixel_yx_nm: tuple[float, float]) -> float:
-    """Sum of the heat map of one certain atom: the integral of its unit-height Gaussian, in pixels."""
-    return 2 * np.pi * HEAT_SIGMA_NM**2 / (pixel_yx_nm[0] * pixel_yx_nm[1])
 
 
 def decode(
