@@ -62,6 +62,6 @@ def _version(name: str, mend: str) -> str:
 
 def _weights() -> dict[str, str]:
     folder = files("aecontrol.perception") / "weights"
-    shipped = [item for item in folder.iterdir() if item.name.endswith(".safetensors")]
+    shipped = [item for item in folder.iterdir() if item.name.endswith(".safetensors")] if folder.is_dir() else []
     found = {item.name: f"{len(item.read_bytes()) / 1e6:.2f} MB" for item in shipped}
     return found or {"atoms.safetensors": "missing: aecontrol train atoms configs/train_atoms.toml"}
