@@ -19,7 +19,7 @@ from aecontrol.units import angstrom_to_nm, electrons_per_second, nm_to_angstrom
 
 from .damage import Damage, DamagedSpecimen, Event
 from .optics import Optics
-from .render import CHANNELS, MARGIN_A, HaadfRenderer, Validity
+from .render import CHANNELS, HaadfRenderer, Validity
 from .scan import Detector, ScanModel
 from .specimens import TARGET_KINDS, Specimen
 from .streams import stream
@@ -187,36 +187,37 @@ class SimulatedColumn:
     def _image(
         self, region: ScanRegion, points_nm: Array, before: tuple[NDArray[np.bool_], Array], events: list[Event]
     ) -> NDArray[np.float32]:
-        """Fraction of the beam scattered at each pixel; a change shows from the line block after it on."""
+        """Fraction of the beam scattered at each pixel; a change shows from the line block after it on.
+
+        The undamaged image comes first and what has changed is then added block by block, so that not even rounding in
+        a line depends on what happens after it.
+        """
         rows, cols = region.shape
         block = _block_lines(rows)
-        alive, positions_A = before
+        old_alive, old_A = before
+        alive, new_A = old_alive.copy(), old_A.copy()
         probe_A = nm_to_angstrom(1.0) * points_nm
-        low, high = probe_A.min(axis=(0, 1)) - 2 * MARGIN_A, probe_A.max(axis=(0, 1)) + 2 * MARGIN_A
-        near = np.flatnonzero(np.all((positions_A[:, :2] > low) & (positions_A[:, :2] < high), axis=1))
-        image = np.empty((rows, cols), dtype=np.float32)
-        line, coming = 0, 0
-        while line < rows:
-            while coming < len(events) and _next_block(events[coming].point // cols, block) <= line:
-                self._body.apply(events[coming], alive, positions_A)
+        image = self._atoms(np.flatnonzero(old_alive), old_A, probe_A, region.rotation_rad)
+        changed: set[int] = set()
+        coming = 0
+        for line in range(block, rows, block):
+            while coming < len(events) and events[coming].point // cols < line:
+                self._body.apply(events[coming], alive, new_A)
+                changed.add(events[coming].atom)
                 coming += 1
-            stop = min(_next_block(events[coming].point // cols, block), rows) if coming < len(events) else rows
-            shown = near[alive[near]]
-            image[line:stop] = self._renderer.image(
-                positions_A[shown, :2],
-                self._born.atomic_numbers[shown],
-                self._born.rms_u_A[shown],
-                probe_A[line:stop],
-                region.rotation_rad,
-            )
-            line = stop
+            if not changed:
+                continue
+            atoms = np.array(sorted(changed))
+            lines = probe_A[line : line + block]
+            image[line : line + block] += self._atoms(atoms[alive[atoms]], new_A, lines, region.rotation_rad)
+            image[line : line + block] -= self._atoms(atoms[old_alive[atoms]], old_A, lines, region.rotation_rad)
         return image
+
+    def _atoms(self, atoms: NDArray[np.int64], positions_A: Array, probe_A: Array, turn: float) -> NDArray[np.float32]:
+        """Image of some ``atoms`` (indices) at ``positions_A`` of all."""
+        numbers, rms = self._born.atomic_numbers[atoms], self._born.rms_u_A[atoms]
+        return self._renderer.image(positions_A[atoms, :2], numbers, rms, probe_A, turn)
 
 
 def _block_lines(rows: int) -> int:
     return math.ceil(rows / LINE_BLOCKS)
-
-
-def _next_block(line: int, block: int) -> int:
-    """First line of the block after the one that holds ``line``."""
-    return (line // block + 1) * block

@@ -200,7 +200,7 @@ class DamagedSpecimen:
         near = np.flatnonzero((np.abs(dx) < self.fluence.reach_A) & (np.abs(dy) < self.fluence.reach_A))
         if not len(near):
             return 0  # only rounding brought the fluence to its threshold just now
-        gains = self.fluence.per_electron(np.column_stack([dx[near], dy[near]]))
+        gains = self.fluence.gains(site, x[near], y[near])
         later = np.cumsum(gains[::-1])[::-1]
         return int(near[max(0, int(np.count_nonzero(later > excess)) - 1)])
 

@@ -3,7 +3,8 @@
 Electrons are put on a fixed grid at the true probe positions (each shared linearly by the four nearest nodes); the
 fluence at an atom is that map convolved with the probe, tails included, and interpolated linearly. Both steps are
 linear in the electrons and the grid never moves, so cutting a scan into pieces changes nothing but rounding. The
-sharing and the interpolation widen the probe by h^2/3 per axis, which is taken back from the source's Gaussian.
+sharing and the interpolation widen the probe by h^2/3 per axis, which is taken back from the source's Gaussian; what is
+left is an error of at most 4 % of the peak under a single shot.
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ class FluenceMap:
         """Along x or y, a probe further away than this adds nothing to the fluence at a point, angstrom."""
         return 0.5 * PROBE_EXTENT_A + 2.0 * self.step_A
 
-    def per_electron(self, offsets_A: Array) -> Array:
-        """Fluence per electron [m] at ``offsets_A`` [m, 2] from the probe, interpolated between grid points, 1/A^2."""
+    def gains(self, site_A: Array, x_A: Array, y_A: Array) -> Array:
+        """Fluence [m] that one electron at each of (``x_A``, ``y_A``) adds at ``site_A`` (x, y), 1/A^2: the very shares
+        that :meth:`deposit` and :meth:`at` use."""
         from scipy import ndimage
 
-        where = offsets_A[:, ::-1].T / self.step_A + self._half
-        return np.asarray(ndimage.map_coordinates(self.kernel, where, order=1, mode="constant") / self.step_A**2)
+        base, weights = self._receptor(site_A)
+        x, y = (x_A - self._low[0]) / self.step_A - base[0], (y_A - self._low[1]) / self.step_A - base[1]
+        return np.asarray(ndimage.map_coordinates(weights, [y, x], order=1, mode="grid-constant"))
 
     def deposit(self, points_A: Array, electrons_per_point: float) -> None:
         """Put ``electrons_per_point`` at each of ``points_A`` [m, 2] (x, y)."""
@@ -85,14 +88,16 @@ class FluenceMap:
 
     def at(self, positions_A: Array) -> Array:
         """Fluence [n] at ``positions_A`` [n, 2] inside the world, e/A^2."""
-        where = (np.asarray(positions_A, dtype=np.float64).reshape(-1, 2) - self._low) / self.step_A
+        positions = np.asarray(positions_A, dtype=np.float64).reshape(-1, 2)
+        if len(positions) <= FEW:
+            return np.array([self._one(position) for position in positions])
+        where = (positions - self._low) / self.step_A
         base = np.floor(where).astype(np.int64)
-        if not len(base):
-            return np.zeros(0)
-        t = where - base
-        patches = self._node_fluence_few(base) if len(base) <= FEW else self._node_fluence_many(base)
-        along_x = patches[:, :, 0] * (1 - t[:, :1]) + patches[:, :, 1] * t[:, :1]
-        return np.asarray(along_x[:, 0] * (1 - t[:, 1]) + along_x[:, 1] * t[:, 1])
+        (tx, ty), (x, y) = (where - base).T, (base - base.min(axis=0)).T
+        nodes = self._node_fluence(base.min(axis=0), base.max(axis=0) + 1)
+        top = nodes[y, x] * (1 - tx) + nodes[y, x + 1] * tx
+        bottom = nodes[y + 1, x] * (1 - tx) + nodes[y + 1, x + 1] * tx
+        return np.asarray(top * (1 - ty) + bottom * ty)
 
     def ceiling_at(self, positions_A: Array) -> Array:
         """An upper bound of :meth:`at`, quick and coarse (a few times too high), [n], e/A^2."""
@@ -121,31 +126,35 @@ class FluenceMap:
         highest = ndimage.maximum_filter(padded, size=2 * slack + 1, mode="constant")
         return np.asarray(highest[::CELL_STEPS, ::CELL_STEPS])
 
-    def _node_fluence_few(self, base: NDArray[np.int64]) -> Array:
-        """Fluence at the four nodes around each position, [n, 2, 2], one window of the map at a time."""
+    def _one(self, position_A: Array) -> float:
+        start, weights = self._receptor(position_A)
+        return float(np.vdot(_window(self._nodes, start, start + weights.shape[0]), weights))
+
+    def _receptor(self, position_A: Array) -> tuple[NDArray[np.int64], Array]:
+        """First node (x, y) and weights [k, k]: the fluence at a position per electron at each node."""
+        where = (np.asarray(position_A) - self._low) / self.step_A
+        base = np.floor(where).astype(np.int64)
+        tx, ty = where - base
         m = self._half
         flipped = self.kernel[::-1, ::-1] / self.step_A**2
-        patches = np.empty((len(base), 2, 2))
-        for i, node in enumerate(base):
-            window = _window(self._nodes, node - m + 1, node + m + 2)
-            for row, col in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                patches[i, row, col] = np.vdot(window[row : row + 2 * m, col : col + 2 * m], flipped)
-        return patches
+        weights = np.zeros((2 * m + 1, 2 * m + 1))
+        for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            share = (ty if down else 1 - ty) * (tx if right else 1 - tx)
+            weights[down : down + 2 * m, right : right + 2 * m] += share * flipped
+        return base - m + 1, weights
 
-    def _node_fluence_many(self, base: NDArray[np.int64]) -> Array:
-        """The same from one convolution over the box that holds all positions."""
+    def _node_fluence(self, low: NDArray[np.int64], high: NDArray[np.int64]) -> Array:
+        """Fluence at the nodes from ``low`` to ``high`` (x, y), both included."""
         from scipy import fft
 
         m = self._half
-        low, high = base.min(axis=0), base.max(axis=0) + 1
         source = _window(self._nodes, low - m + 1, high + m + 1)
         shape = [fft.next_fast_len(n, real=True) for n in source.shape]
         spectrum = fft.rfft2(source, shape, workers=1)
         spectrum *= fft.rfft2(self.kernel / self.step_A**2, shape, workers=1)
         full = fft.irfft2(spectrum, shape, workers=1)
-        x, y = (base - low + 2 * m - 1).T
-        corners = np.array([[full[y, x], full[y, x + 1]], [full[y + 1, x], full[y + 1, x + 1]]])
-        return np.asarray(np.maximum(corners, 0.0).transpose(2, 0, 1))
+        first, (width, height) = 2 * m - 1, high - low + 1
+        return np.asarray(np.maximum(full[first : first + height, first : first + width], 0.0))
 
 
 def _window(array: Array, low: NDArray[np.int64], high: NDArray[np.int64]) -> Array:

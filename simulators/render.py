@@ -177,6 +177,8 @@ class HaadfRenderer:
 
         low, high = probe.min(axis=0), probe.max(axis=0)
         near = np.all((atoms > low - MARGIN_A) & (atoms < high + MARGIN_A), axis=1)
+        if not near.any():
+            return np.zeros(len(probe), dtype=np.float32)
         origin = low - MARGIN_A
         span = np.ceil((high - low) / (4.0 * self.grid_A)) * 4 + math.ceil(2.0 * MARGIN_A / self.grid_A) + 4
         rows, cols = (fft.next_fast_len(int(extent), real=True) for extent in span[::-1])

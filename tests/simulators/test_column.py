@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aecontrol.types import ScanRegion
+from aecontrol.units import electrons_per_second
+from simulators.column import CURRENT_LIMIT, SimulatedColumn
+from simulators.damage import Damage
+from simulators.optics import Optics
+from simulators.scan import Detector, ScanModel
+from simulators.specimens import Mos2
+
+CURRENT_PA = 50.0
+FRAGILE = Damage(critical_fluence_e_per_A2={"S": 2e3}, radiolysis_removes=0.5)
+
+
+def column(damage=FRAGILE, seed=1, detector=None, **settings_of_scan):
+    scan = ScanModel(drift_nm_per_s=(0.01, 0.02), swing_nm=0.02, **settings_of_scan)
+    return SimulatedColumn(Mos2(size_nm=(8, 6)), Optics(), scan, detector or Detector(), damage, CURRENT_PA, seed)
+
+
+def region(center=(4.0, 3.0), fov=(3.0, 2.0), shape=(24, 36), dwell=2e-5, rotation=0.0):
+    return ScanRegion(center_nm=center, fov_nm=fov, shape=shape, dwell_time_s=dwell, rotation_rad=rotation)
+
+
+def state(column):
+    now = column.snapshot()
+    return (
+        column.fluence_at_atoms().tobytes(),
+        now.alive.tobytes(),
+        now.positions_A.tobytes(),
+        column.tile_fluence().tobytes(),
+        column.clock_s,
+        column.meter,
+    )
+
+
+REGIONS = st.builds(
+    region,
+    center=st.tuples(st.floats(2.5, 5.5), st.floats(2.0, 4.0)),
+    shape=st.sampled_from([(8, 12), (24, 36), (70, 20)]),
+    rotation=st.floats(-3, 3),
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(shots=st.lists(st.tuples(REGIONS, st.booleans()), min_size=1, max_size=4))
+def test_absorbing_a_shot_leaves_exactly_what_firing_it_leaves(shots):
+    fired, mixed = column(), column()
+    for ordinal, (where, absorb) in enumerate(shots):
+        pulse = fired.fire(ordinal, where)
+        again = mixed.absorb(ordinal, where) if absorb else mixed.fire(ordinal, where)
+        if again is not None:
+            assert np.array_equal(again.channels["HAADF"], pulse.channels["HAADF"])
+            assert (again.electrons, again.started_s) == (pulse.electrons, pulse.started_s)
+        for one in (fired, mixed):
+            one.idle(0.5)
+    assert state(fired) == state(mixed)
+
+
+def test_pulse_reports_what_was_delivered():
+    simulated = column()
+    first, second = simulated.fire(0, region()), simulated.fire(1, region())
+    nominal = electrons_per_second(CURRENT_PA) * 24 * 36 * 2e-5
+    for pulse in (first, second):
+        assert pulse.electrons == pytest.approx(nominal, rel=CURRENT_LIMIT + 1e-6)
+        assert pulse.pixels == 24 * 36
+        assert pulse.seconds == pytest.approx(24 * 36 * 2e-5 + 23 * 200e-6)
+        assert pulse.channels["HAADF"].shape == (24, 36)
+        assert pulse.flags == ()
+        assert pulse.validity.linear_ok
+    assert first.electrons != second.electrons
+    assert second.started_s == pytest.approx(first.seconds)
+    assert simulated.meter == first.electrons + second.electrons
+    assert simulated.tile_fluence().sum() * 100 == pytest.approx(simulated.meter, rel=1e-9)
+
+
+def test_noise_depends_on_the_ordinal_alone():
+    still = Damage(displacement_threshold_eV={}, excitation_barn={})
+    one, other = column(still), column(still)
+    other.absorb(0, region(center=(5.0, 3.0)))
+    other.clock_s = 0.0
+    assert np.array_equal(one.fire(7, region()).channels["HAADF"], other.fire(7, region()).channels["HAADF"])
+    other.clock_s = 0.0
+    assert not np.array_equal(one.fire(8, region()).channels["HAADF"], other.fire(9, region()).channels["HAADF"])
+
+
+class Broken(Exception):
+    pass
+
+
+def test_a_pulse_that_breaks_off_has_delivered_its_first_lines_and_no_more():
+    simulated, whole = column(line_jitter_nm=0.0), column(line_jitter_nm=0.0)
+
+    def cut(ordinal, electrons):
+        if electrons > 0.4 * full:
+            raise Broken(ordinal)
+
+    full = whole.fire(0, region()).electrons
+    simulated.on_line_block = cut
+    with pytest.raises(Broken):
+        simulated.fire(0, region())
+    assert 0.4 * full < simulated.meter < 0.45 * full
+    assert simulated.tile_fluence().sum() * 100 == pytest.approx(simulated.meter, abs=1.0)
+    assert np.any(whole.fluence_at_atoms() - simulated.fluence_at_atoms() > 100.0)
+    assert np.all(simulated.fluence_at_atoms() <= whole.fluence_at_atoms() * (1 + 1e-9) + 1e-6)
+    simulated.on_line_block = None
+    assert simulated.fire(1, region()).started_s == pytest.approx(whole.clock_s * 10 / 24)
+
+
+def test_damage_shows_in_later_lines_only():
+    strong = region(shape=(60, 40), fov=(3.0, 3.0), dwell=1e-4)
+    still = Damage(displacement_threshold_eV={}, excitation_barn={})
+    damaged, intact = column(), column(still)
+    first = [one.fire(0, strong).channels["HAADF"] for one in (damaged, intact)]
+    second = [one.fire(1, strong).channels["HAADF"] for one in (damaged, intact)]
+    changed = [np.abs(pair[0] - pair[1]).mean(axis=1) / pair[1].mean() for pair in (first, second)]
+    assert changed[0][0] == 0.0  # noise and all: the line cannot know what comes
+    assert changed[0][-10:].mean() > 0.1
+    assert changed[1][:5].mean() > 0.1  # yet the atoms under the first lines were hit during the first frame
+
+
+def test_truth_is_that_of_the_start_and_the_snapshot_is_that_of_now():
+    simulated = column()
+    before = simulated.targets("vacancy")
+    simulated.fire(0, region(dwell=2e-4))
+    assert np.array_equal(simulated.targets("vacancy")[0], before[0])
+    assert len(simulated.snapshot().targets("vacancy")[0]) > len(before[0])
+    assert simulated.targets("dislocation") is None
+
+
+def test_saturation_is_flagged():
+    assert column(detector=Detector(saturation=20.0)).fire(0, region()).flags == ("saturated",)
