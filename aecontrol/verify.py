@@ -74,9 +74,9 @@ def compare_ledgers(folder: Path, state: State) -> Iterator[str]:
         return
     last: dict[str, LedgerRecord] = {}
     for body in read_journal(path):
-        record = LedgerRecord.model_validate_json(body)
-        if record.key is not None:
-            last[record.key] = record
+        line = LedgerRecord.model_validate_json(body)
+        if line.key is not None:
+            last[line.key] = line
     for key, record in state.keys.items():
         theirs = last.pop(key, None)
         if record.state == "RESERVED":
@@ -84,9 +84,9 @@ def compare_ledgers(folder: Path, state: State) -> Iterator[str]:
         if theirs is None or theirs.kind != record.state or theirs.measured != record.measured:
             said = "nothing" if theirs is None else theirs.kind
             yield f"step {record.step}: this ledger says {record.state} for {key[:12]}, the instrument's says {said}"
-    for key, theirs in last.items():
-        if theirs.kind != "VOID":
-            yield f"the instrument's ledger has {theirs.kind} for {key[:12]}, which was never reserved here"
+    for key, line in last.items():
+        if line.kind != "VOID":
+            yield f"the instrument's ledger has {line.kind} for {key[:12]}, which was never reserved here"
     totals = Totals()
     for record in state.keys.values():
         totals = totals.plus(record.charge)

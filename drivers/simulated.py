@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, field_validator
 
@@ -37,10 +37,10 @@ class SimulatedDriver(Model):
 
     def build(self, folder: Path, base: Path, seed: int) -> Instrument:
         """The instrument with its ledger in ``folder``; specimen and noise follow from ``seed``."""
-        from simulators.column import SimulatedColumn
+        from simulators.column import SimulatedColumn, SpecimenConfig
 
         column = SimulatedColumn(
-            specimen=build_part("specimen", self.specimen, "driver.specimen"),
+            specimen=cast(SpecimenConfig, build_part("specimen", self.specimen, "driver.specimen")),
             optics=self.optics,
             scan=self.scan,
             detector=self.detector,
