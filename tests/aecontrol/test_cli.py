@@ -115,3 +115,38 @@ def test_every_shipped_configuration_is_valid(path):
         drift = raw["driver"].get("scan", {}).get("drift_nm_per_s", [0.0, 0.0])
         assert drift == [0.0, 0.0]
         assert config.plan.budget.electrons or config.plan.budget.pixels
+
+
+def recorded(path):
+    text = (CONFIGS / "pt_single_atoms.toml").read_text()
+    return text.replace("../tests/data/pt_single_atoms/img_021.npz", path)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "image.npz"),
+        (b"PK\x03\x04 this is not an archive", "image.npz"),
+        (b"", "empty"),
+    ],
+)
+def test_an_image_that_cannot_be_read_costs_nothing(tmp_path, content, word):
+    if content is not None:
+        (tmp_path / "image.npz").write_bytes(content)
+    (tmp_path / "config.toml").write_text(recorded("image.npz"))
+    done = aecontrol("run", "config.toml", "--out", "s", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert word in done.stderr
+    assert not (tmp_path / "s" / "session.sqlite").exists()  # the folder can be used again
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    from aecontrol.durable import FolderLock
+
+    (tmp_path / "config.toml").write_text(GOOD)
+    (tmp_path / "s").mkdir()
+    lock = FolderLock(tmp_path / "s")
+    done = aecontrol("run", "config.toml", "--out", "s", cwd=tmp_path)
+    lock.release()
+    assert done.returncode == 2
+    assert "in use by another run" in done.stderr
