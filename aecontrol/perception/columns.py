@@ -33,7 +33,7 @@ class MeanCell:
 
     Amplitudes are integrals over one spot in counts (intensity times pixels), ``background`` counts per pixel,
     ``sigma_nm`` and ``tail`` the width of the core and the weight of the wide Gaussian. ``explained`` is the part of
-    the mean cell's variance (noise taken off) that this reproduces.
+    the mean cell's variance (noise taken off) that this reproduces, ``gain`` the pixels' variance over their mean.
     """
 
     background: float
@@ -42,6 +42,7 @@ class MeanCell:
     sigma_nm: float
     tail: float
     explained: float
+    gain: float
 
 
 def fit_mean_cell(image: Array, pixel_size_nm: tuple[float, float], lattice: Lattice) -> MeanCell:
@@ -50,6 +51,9 @@ def fit_mean_cell(image: Array, pixel_size_nm: tuple[float, float], lattice: Lat
 
     cell, number = fold(image, pixel_size_nm, lattice)
     weight = np.sqrt(number / number.mean())
+    # Scatter within the bins, so that an unknown gain does not matter.
+    square, _ = fold(image**2, pixel_size_nm, lattice)
+    noise = max(float((square - cell**2).mean() / max(number.mean() - 1, 1.0)), 1e-300)
 
     def solve(parameters: Array) -> tuple[float, Array]:
         sigma, tail = math.exp(parameters[0]), 0.5 / (1 + math.exp(-parameters[1]))
@@ -59,7 +63,6 @@ def fit_mean_cell(image: Array, pixel_size_nm: tuple[float, float], lattice: Lat
         linear = np.linalg.lstsq(design, target, rcond=None)[0]
         # A weak prior on the spot (core 0.045 nm within a factor 1.6, tail near 0.1) holds it where counts are few.
         prior = ((parameters[0] - math.log(0.045)) / 0.5) ** 2 + ((parameters[1] + 1.4) / 1.0) ** 2
-        noise = max(float(image.mean()) / max(float(number.mean()), 1.0), 1e-300)
         return float(((design @ linear - target) ** 2).sum()) / noise + prior, linear
 
     start = np.array([math.log(0.045), -1.4])
@@ -72,8 +75,7 @@ def fit_mean_cell(image: Array, pixel_size_nm: tuple[float, float], lattice: Lat
     ).x
     misfit, linear = solve(best)
     pixel_area = pixel_size_nm[0] * pixel_size_nm[1]
-    noise = float(image.mean()) / max(float(number.mean()), 1.0)
-    spread = float((weight**2 * (cell - np.average(cell, weights=number)) ** 2).sum()) / max(noise, 1e-300)
+    spread = float((weight**2 * (cell - np.average(cell, weights=number)) ** 2).sum()) / noise
     signal = max(spread - cell.size, 1e-9)
     return MeanCell(
         background=float(linear[0]),
@@ -82,6 +84,7 @@ def fit_mean_cell(image: Array, pixel_size_nm: tuple[float, float], lattice: Lat
         sigma_nm=math.exp(best[0]),
         tail=0.5 / (1 + math.exp(-best[1])),
         explained=1 - max(misfit - cell.size, 0.0) / signal,
+        gain=noise * float(number.mean()) / max(float(image.mean()), 1e-300),
     )
 
 
@@ -176,7 +179,7 @@ def fit_columns(image: Array, pixel_size_nm: tuple[float, float], lattice: Latti
     fov = (image.shape[1] * pixel_size_nm[0], image.shape[0] * pixel_size_nm[1])
     sites = lattice.sites(fov, SITE_MARGIN_NM)
     spots = draw_spots(sites.xy_nm, image.shape, pixel_size_nm, cell.sigma_nm, cell.tail)
-    variance = mean_image(image.shape, pixel_size_nm, lattice, cell).ravel()
+    variance = cell.gain * mean_image(image.shape, pixel_size_nm, lattice, cell).ravel()
     n, k = spots.index.shape
     design = csr_matrix((spots.share.ravel(), spots.index.ravel(), np.arange(0, n * k + 1, k)), (n, image.size))
     weighted = design @ diags(1 / variance)
@@ -205,7 +208,7 @@ def fit_columns(image: Array, pixel_size_nm: tuple[float, float], lattice: Latti
     background = (plane @ level).reshape(image.shape)
     model = np.maximum(spots.draw(amplitude) + background, 1e-3 * image.mean())
     dispersion = float(((image - model) ** 2).sum() / model.sum() * image.size / max(image.size - n, 1))
-    return ColumnFit(sites, spots, amplitude, sigma * math.sqrt(dispersion), background, dispersion)
+    return ColumnFit(sites, spots, amplitude, sigma * math.sqrt(dispersion / cell.gain), background, dispersion)
 
 
 def mean_image(
@@ -271,7 +274,7 @@ def occupancy(fit: ColumnFit, image: Array) -> Occupancy:
     pixels = spots.gather(image)
     # Columns of one kind differ by a few percent (tilt, scan noise): the likelihood is tempered by that spread.
     spread = 0.03 * levels[2]
-    temper = fit.dispersion * (1 + (spread / fit.sigma[monitored]) ** 2 * fit.dispersion)
+    temper = fit.dispersion * (1 + (spread / fit.sigma[monitored]) ** 2)
     for _ in range(4):
         expected = probability @ levels
         others = spots.gather(rest + spots.draw(expected)) - expected[:, None] * spots.share

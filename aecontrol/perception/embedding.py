@@ -24,6 +24,8 @@ Patches = NDArray[np.float32]
 
 ACTIVE_NATS = 0.05
 """A latent coordinate carries something when its mean KL divergence from the prior exceeds this."""
+SMOOTH_NM = 0.035
+"""Patches are smoothed by a Gaussian of this width, about a probe's: finer detail is shot noise, and embeddings fit it."""
 _MIN_PATCHES = 16
 _ENTRY = "aecontrol"
 
@@ -48,14 +50,14 @@ class PcaEmbedding(Model):
 class VaeEmbedding(Model):
     """A variational autoencoder with two fully connected hidden layers each way, trained once with Pyro.
 
-    The number of optimiser steps is fixed, not the time, so that training is repeatable; 600 steps take about 5 s on
+    The number of optimiser steps is fixed, not the time, so that training is repeatable; 800 steps take about 5 s on
     one core.
     """
 
     kind: Literal["vae"] = "vae"
     latent_dim: PositiveInt = Field(2, description="number of latent coordinates")
     hidden: PositiveInt = Field(96, description="width of the hidden layers")
-    steps: PositiveInt = Field(600, description="optimiser steps")
+    steps: PositiveInt = Field(800, description="optimiser steps")
     batch: PositiveInt = Field(128, description="patches per step")
     learning_rate: Annotated[float, Field(gt=0, le=0.1)] = Field(2e-3, description="of Adam")
 
@@ -179,11 +181,11 @@ def cut_patches(
 ) -> Patches:
     """Square patches [n, size, size] of side ``patch_nm`` around ``centres_nm`` [n, 2] (from the frame's corner).
 
-    A patch's x axis points along ``angle_rad`` (from +x towards +y). Values are interpolated linearly, scaled so that
-    ``levels`` (background, bright column) become (0, 1), and faded to 0 at the inscribed circle, so that corners carry
-    no angle.
+    A patch's x axis points along ``angle_rad`` (from +x towards +y). The image is smoothed by ``SMOOTH_NM``, values are
+    interpolated linearly, scaled so that ``levels`` (background, bright column) become (0, 1), and faded to 0 at the
+    inscribed circle, so that corners carry no angle.
     """
-    from scipy.ndimage import map_coordinates
+    from scipy.ndimage import gaussian_filter, map_coordinates
 
     offset = ((np.arange(size) + 0.5) / size - 0.5) * patch_nm
     u, v = np.meshgrid(offset, offset)
@@ -191,7 +193,8 @@ def cut_patches(
     x = centres_nm[:, 0, None, None] + c * u - s * v
     y = centres_nm[:, 1, None, None] + s * u + c * v
     where = np.stack([y / pixel_size_nm[1] - 0.5, x / pixel_size_nm[0] - 0.5])
-    values = map_coordinates(image, where.reshape(2, -1), order=1, mode="nearest").reshape(-1, size, size)
+    smooth = gaussian_filter(image, [SMOOTH_NM / p for p in reversed(pixel_size_nm)])
+    values = map_coordinates(smooth, where.reshape(2, -1), order=1, mode="nearest").reshape(-1, size, size)
     low, high = levels
     scaled = (values - low) / max(high - low, 1e-12)
     fade = np.clip((patch_nm / 2 - np.hypot(u, v)) / (0.15 * patch_nm), 0, 1)
@@ -253,7 +256,7 @@ def _train_vae(config: VaeEmbedding, flat: Patches, size: int, seed: int) -> Aut
 
             def model(x: Tensor, beta: float) -> None:
                 pyro.module("vae", net)
-                sigma = pyro.param("sigma", torch.tensor(spread), constraint=dist.constraints.positive)
+                sigma = pyro.param("sigma", torch.tensor(0.2 * spread), constraint=dist.constraints.positive)
                 with pyro.plate("patches", len(x)):
                     with pyro.poutine.scale(scale=beta):
                         z = pyro.sample("z", dist.Normal(torch.zeros(len(x), config.latent_dim), 1.0).to_event(1))

@@ -21,6 +21,9 @@ from aecontrol.types import ATOM_LABELS, Model, Positive
 Array = NDArray[np.float64]
 
 _FOLD_BINS = 32
+_KERNEL_NM = 0.45
+"""Atoms within about this distance share a local distortion: some 50 of them in MoS2 (a choice)."""
+_PHASE_TILE_NM = 2.0
 _MATCH_NM = 0.07
 """An atom belongs to a site when nearer than this: under half of the shortest Mo-S distance, 0.182 nm (a choice)."""
 
@@ -83,7 +86,7 @@ class Lattice:
     residual_nm: float = 0.0
     anchors_nm: Array | None = None
     shifts_nm: Array | None = None
-    kernel_nm: float = 0.45
+    kernel_nm: float = _KERNEL_NM
 
     @property
     def angle_rad(self) -> float:
@@ -140,13 +143,14 @@ def find_lattice(
 ) -> Lattice | None:
     """The lattice of a frame, or None where the frame shows none.
 
-    Fourier peaks near the hint give the vectors, the folded unit cell the origin and which sublattice is brighter;
-    then atom positions [n, 2] nm, where given, refine vectors, origin and local distortion by robust least squares.
+    Fourier peaks near the hint give the vectors, the folded unit cell the origin and which sublattice is brighter,
+    local phases a first map of the distortion; then atom positions [n, 2] nm, where given, refine all of it.
     """
     seed = seed_lattice(image, pixel_size_nm, hint)
     if seed is None or positions_nm is None:
         return seed
-    return refine_on_atoms(seed, positions_nm, (image.shape[1] * pixel_size_nm[0], image.shape[0] * pixel_size_nm[1]))
+    start = follow_phases(seed, image, pixel_size_nm, _PHASE_TILE_NM)
+    return refine_on_atoms(start, positions_nm, (image.shape[1] * pixel_size_nm[0], image.shape[0] * pixel_size_nm[1]))
 
 
 def pixel_centres(shape: tuple[int, int], pixel_size_nm: tuple[float, float]) -> tuple[Array, Array]:
@@ -342,35 +346,40 @@ def _assign(lattice: Lattice, positions_nm: Array) -> tuple[Array, NDArray[np.bo
     return index, monitored, np.where(monitored[:, None], candidates[1][1], candidates[0][1])
 
 
-def refine_on_atoms(seed: Lattice, positions_nm: Array, fov_nm: tuple[float, float]) -> Lattice:
-    """Affine refinement on atom positions [n, 2] nm by Tukey-weighted least squares, then the local distortion.
+def refine_on_atoms(start: Lattice, positions_nm: Array, fov_nm: tuple[float, float]) -> Lattice:
+    """The lattice that atom positions [n, 2] nm give: atoms are assigned to the sites of ``start`` (its distortion
+    included), vectors and origin follow by Tukey-weighted least squares, the local distortion from what is left.
 
-    Returns the seed with ``matched`` = 0 when too few atoms (under 12) lie on it.
+    Returns ``start`` with ``matched`` = 0 when too few atoms (under 12) lie on it.
     """
-    lattice = replace(seed, anchors_nm=None, shifts_nm=None)
-    departure = np.zeros((0, 2))
-    used = np.zeros(0, dtype=bool)
-    for _ in range(6):
-        index, monitored, departure = _assign(lattice, positions_nm)
+    lattice = start
+    for _ in range(3):
+        index, _, departure = _assign(lattice, positions_nm)
         distance = np.hypot(*departure.T)
         used = distance < _MATCH_NM
         if used.sum() < 12:
-            return replace(seed, matched=0.0)
+            return replace(start, matched=0.0)
         scale = max(1.4826 * float(np.median(distance[used])), 1e-3)
         weight = np.clip(1 - (distance / (4.0 * scale)) ** 2, 0, None) ** 2 * used
-        design = np.column_stack([np.ones(len(index)), index]) * np.sqrt(weight)[:, None]
-        fit = np.linalg.lstsq(design, positions_nm * np.sqrt(weight)[:, None], rcond=None)[0]
-        lattice = replace(lattice, origin_nm=fit[0], vectors_nm=fit[1:])
-    index, monitored, departure = _assign(lattice, positions_nm)
+        design = np.column_stack([np.ones(len(index)), index])
+        root = np.sqrt(weight)[:, None]
+        fit = np.linalg.lstsq(design * root, positions_nm * root, rcond=None)[0]
+        lattice = replace(
+            lattice,
+            origin_nm=fit[0],
+            vectors_nm=fit[1:],
+            anchors_nm=positions_nm[used],
+            shifts_nm=(positions_nm - design @ fit)[used],
+            kernel_nm=_KERNEL_NM,
+        )
+    _, monitored, departure = _assign(lattice, positions_nm)
     used = np.hypot(*departure.T) < _MATCH_NM
-    local = replace(lattice, anchors_nm=positions_nm[used], shifts_nm=departure[used])
-    rest = departure[used] - local.displacement(positions_nm[used])
-    expected = ~local.sites(fov_nm, -0.1).monitored
+    expected = ~lattice.sites(fov_nm, -0.1).monitored
     hits = used & ~monitored & (positions_nm > 0.1).all(1) & (positions_nm < np.asarray(fov_nm) - 0.1).all(1)
     return replace(
-        local,
+        lattice,
         matched=min(1.0, float(hits.sum()) / max(int(expected.sum()), 1)),
-        residual_nm=float(np.sqrt((rest**2).mean())),
+        residual_nm=float(np.sqrt((departure[used] ** 2).mean())),
     )
 
 

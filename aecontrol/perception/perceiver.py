@@ -56,7 +56,7 @@ class AtomPerceiver(Model):
     kind: Literal["atoms"] = "atoms"
     target: Target = VacancyTarget()
     embedding: EmbeddingConfig = VaeEmbedding()
-    patch_size_nm: Positive = Field(0.5, description="side of the square patches, nm")
+    patch_size_nm: Positive = Field(0.4, description="side of the square patches, nm")
     patch_pixels: Annotated[int, Field(ge=8, le=64)] = Field(16, description="pixels along a patch's side")
     max_patches: Annotated[int, Field(ge=1)] = Field(400, description="patches kept from one frame at most")
 
@@ -140,7 +140,7 @@ class AtomReader:
         table[:, :2] = to_specimen(table[:, :2], region)
         return Reading(
             value=float(crystal.missing.sum()) if is_target else None,
-            variance=float(crystal.variance.sum()) if is_target else None,
+            variance=crystal.value_variance if is_target else None,
             features=crystal.features,
             atoms=table,
             found=crystal.found if is_target else (),
