@@ -131,16 +131,22 @@ def _visits(ax: Axes, record: Record) -> None:
     if visits:
         order = np.arange(1, len(visits) + 1)
         outlines = PolyCollection(
-            [r.region.corners_nm() for r in visits], facecolors="none", linewidths=1.0 if len(visits) > 100 else 1.5
+            [_inset(r.region) for r in visits], facecolors="none", linewidths=1.0 if len(visits) > 100 else 1.5
         )
         outlines.set(array=order, cmap=order_map(), clim=(1, max(2, len(visits))))
         colours = outlines.to_rgba(order)
         outlines.set(array=None, edgecolors=colours)
         ax.add_collection(outlines)
-        for number, (visit, colour) in enumerate(zip(visits, colours, strict=True), 1):
+        for number, visit in enumerate(visits, 1):
             if len(visits) <= NUMBER_ALL or number <= NUMBER_ENDS or number > len(visits) - NUMBER_ENDS:
-                label(ax, visit.region.center_nm, str(number), colour)
+                label(ax, visit.region.center_nm, str(number))
     ax.set_title("overview; visited regions in order" if record.overview else "no overview; visited regions in order")
+
+
+def _inset(region: ScanRegion) -> list[tuple[float, float]]:
+    """The region's corners, a little inside of it, so that neighbours do not hide each other's outlines."""
+    cx, cy = region.center_nm
+    return [(cx + 0.97 * (x - cx), cy + 0.97 * (y - cy)) for x, y in region.corners_nm()]
 
 
 def _mosaic(ax: Axes, record: Record) -> None:
@@ -156,9 +162,8 @@ def _mosaic(ax: Axes, record: Record) -> None:
     found = record.state.found()
     if found:
         xy = np.array([(atom.x_nm, atom.y_nm) for atom in found])
-        ax.scatter(xy[:, 0], xy[:, 1], s=7, color=FOUND, linewidths=0, label=f"{len(found)} found")
-        ax.legend(loc="upper right")
-    ax.set_title("what the sub-scans saw")
+        ax.scatter(xy[:, 0], xy[:, 1], s=8 if len(found) < 100 else 3, color=FOUND, linewidths=0)
+    ax.set(title=f"what the sub-scans saw; {len(found)} found (dots)", ylabel="")
 
 
 def draw_picture(record: Record) -> Figure | str:
@@ -166,11 +171,10 @@ def draw_picture(record: Record) -> Figure | str:
     best = _best(record, 1)
     if not best:
         return "There is no readable sub-scan."
-    figure = new_figure(11.0, 5.6)
+    figure = new_figure(11.0, 6.0)
     left, right = figure.subplots(1, 2)
     _visits(left, record)
-    classes, marks = _sub_scan(right, record, best[0])
-    _legend_below(figure, right, classes, marks)
+    _legend_below(figure, *_sub_scan(right, record, best[0]))
     return figure
 
 
@@ -194,7 +198,7 @@ def draw_finds(record: Record) -> Figure | str:
         marks |= dict.fromkeys(kinds)
     for ax in axes[len(best) :]:
         ax.set_axis_off()
-    _legend_below(figure, None, list(classes), list(marks))
+    _legend_below(figure, list(classes), list(marks))
     return figure
 
 
@@ -216,7 +220,7 @@ def _sub_scan(ax: Axes, record: Record, scan: ScanRecord) -> tuple[list[str], li
     image = record.image(record.state.frames[scan.key])
     low, high = grey_limits(image)
     width, height = region.fov_nm
-    ax.imshow(image, cmap="gray", vmin=low, vmax=high, extent=(0, width, height, 0))
+    ax.imshow(image, cmap="gray", vmin=low, vmax=high, extent=(0, width, height, 0), interpolation="nearest")
     classes = []
     if observation.atoms is not None:
         table = load_array(record.folder, observation.atoms).astype(float)
@@ -296,10 +300,12 @@ def draw_belief(record: Record) -> Figure | str:
     evidence = np.array([np.nan if o.value is None else o.value for o in record.state.overview], float)
     if len(evidence) == len(record.state.candidates) and np.isfinite(evidence).any():
         maps.insert(0, ("evidence in the overview", "cividis", evidence))
-    figure = new_figure(11.0, 11.0 / len(maps) * _aspect(record) + 0.9)
-    for ax, (title, cmap, values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
+    figure = new_figure(11.0, 10.0 / len(maps) * _aspect(record) + 1.0)
+    axes = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
+    for ax, (title, cmap, values) in zip(axes, maps, strict=True):
         _candidate_map(ax, record, decided, values, cmap)
         ax.set_title(title)
+        ax.label_outer()
     return figure
 
 
@@ -310,13 +316,13 @@ def _candidate_map(ax: Axes, record: Record, decided: Decided, values: Floats, c
     y, y_edges, row = _axis([c.center_nm[1] for c in record.state.candidates], record.field_nm[1])
     grid = np.full((len(y), len(x)), np.nan)
     grid[row, column] = values
-    mesh = ax.pcolormesh(x_edges, y_edges, grid, cmap=cmap)
-    ax.figure.colorbar(mesh, ax=ax, shrink=0.85, pad=0.02)
-    before = [r.region.corners_nm() for r in record.exposed() if r.step < decided.step]
+    mesh = ax.pcolormesh(x_edges, y_edges, grid, cmap=cmap, zorder=0)
+    ax.figure.colorbar(mesh, ax=ax, location="bottom", shrink=0.8, pad=0.02, aspect=30)
+    before = [_inset(r.region) for r in record.exposed() if r.step < decided.step]
     thin = 0.6 if len(before) > 100 else 1.0
     ax.add_collection(PolyCollection(before, facecolors="none", edgecolors="white", linewidths=thin))
     if decided.decision.kind == "scan":
-        chosen = [r.corners_nm() for r in decided.decision.regions]
+        chosen = [_inset(r) for r in decided.decision.regions]
         ax.add_collection(PolyCollection(chosen, facecolors="none", edgecolors="#D55E00", linewidths=2.0))
     _field(ax, record)
 
@@ -379,7 +385,7 @@ def _pick(count: int) -> NDArray[np.intp]:
     return np.sort(np.random.default_rng(np.random.SeedSequence(0)).choice(count, MAX_POINTS, replace=False))
 
 
-def _manifold(ax: Axes, plane: Floats, patches: Floats, cells: int = 9) -> None:
+def _manifold(ax: Axes, plane: Floats, patches: Floats, cells: int = 11) -> None:
     """The mean of the real patches that fall into each cell of the latent plane, drawn at the cell."""
     low, high = np.percentile(plane, [0.5, 99.5], axis=0)
     size = np.where(high > low, high - low, 1.0)
@@ -424,7 +430,7 @@ def _ledger(ax: Axes, record: Record, fired: list[KeyRecord]) -> None:
     limit = _budget(record)
     if limit is not None:
         ax.axhline(limit, color=INK, lw=1.0, label="budget")
-    ax.set(xlabel="exposures", ylabel=record.unit, title="dose ledger", xlim=(0, len(fired)), ylim=(0, None))
+    ax.set(xlabel="exposures", ylabel=record.unit, title="dose ledger", xlim=(0, len(fired) + 0.5), ylim=(0, None))
     ax.legend(loc="lower right")
 
 
@@ -441,7 +447,7 @@ def _finds_against_charge(ax: Axes, record: Record, curve: dict[str, list[float]
         ax.axhline(true, color=INK, lw=0.8, ls=":", label=f"{true} were there")
     limit = _budget(record)
     if limit is not None:
-        ax.axvline(limit, color=INK, lw=1.0)
+        ax.axvline(limit, color=INK, lw=1.0, label="budget")
     what = "recall (of the labelled objects)" if share else "true objects found" if known else "objects reported"
     ax.set(xlabel=f"{record.unit} charged, overview included", ylabel=what, title="finds against charge")
     ax.set(xlim=(0, None), ylim=(0, 1.02) if share else (0, None))
@@ -482,8 +488,8 @@ def _overview_image(ax: Axes, record: Record, dimmed: bool = False) -> None:
         place_image(ax, region, image, low, high, 0.35 if dimmed else 1.0)
 
 
-def _legend_below(figure: Figure, ax: Axes | None, classes: list[str], marks: list[str]) -> None:
-    """Legend of classes (dots) and finds (rings, crosses) under a figure, or under one of its axes."""
+def _legend_below(figure: Figure, classes: list[str], marks: list[str]) -> None:
+    """Legend of classes (dots) and of finds (rings, squares, crosses) under a figure."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], ls="", marker="o", ms=4, color=_CLASS_COLOURS[name], label=name) for name in classes]
@@ -491,10 +497,5 @@ def _legend_below(figure: Figure, ax: Axes | None, classes: list[str], marks: li
         marker, colour = _MARKS[name]
         face = colour if marker == "x" else "none"
         handles.append(Line2D([], [], ls="", marker=marker, ms=8, mec=colour, mfc=face, mew=1.4, label=name))
-    if not handles:
-        return
-    count = len(handles)
-    if ax is None:
-        figure.legend(handles=handles, loc="outside lower center", ncols=count, frameon=False)
-    else:
-        ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=min(3, count), frameon=False)
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)

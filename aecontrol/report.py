@@ -151,7 +151,7 @@ def _headline(record: Record, started: SessionStarted) -> str:
         cards.append((_ratio(targets["recall"]), "recall"))
     charged, limit = _charge_and_budget(record)
     cards.append((charged, f"{record.unit} charged" + (f" of {limit}" if limit else "")))
-    cards.append((str(state.step), "sub-scans decided"))
+    cards.append((str(state.step), "sub-scans"))
     numbers = "".join(f"<div><dt>{escape(b)}</dt><dd>{escape(a)}</dd></div>" for a, b in cards)
     lines = [line for line in (summary or {}).get("lines", ()) if not line.startswith("report:")]
     if summary is None:
@@ -203,8 +203,8 @@ def _belief_caption(record: Record) -> str:
         return ""
     why = decided.decision.explanation.why
     return (
-        f"At the last decision with a posterior (step {decided.step}). White: windows visited before it; red: the one "
-        f"chosen. {why}"
+        f"At the last decision with a posterior (step {decided.step}). White: windows visited before it; orange: the "
+        f"one chosen. {why}"
     )
 
 
@@ -241,7 +241,7 @@ def _ledger_table(record: Record) -> str:
             "electrons",
             charged.electrons if metered else None,
             budget.electrons,
-            measured if metered else "unknown dose",
+            of_electrons,
         ),
         ("pixels", charged.pixels, budget.pixels, measured),
         (
@@ -265,7 +265,7 @@ def _ledger_table(record: Record) -> str:
 def _decision_table(record: Record) -> str:
     if not record.state.decisions:
         return _left_out("Nothing was decided.")
-    columns = ("step", "x, y / nm", "expected", "value", "finds", "acquisition", "charge", "s", "notes", "why")
+    columns = ("step", "x, y / nm", "expected", "value", "finds", "acquisition", "charge", "took / s", "notes", "why")
     keys: dict[int, list[KeyRecord]] = {}
     for key in record.state.keys.values():
         keys.setdefault(key.step, []).append(key)
@@ -362,7 +362,7 @@ def _limits_of_record(record: Record, started: SessionStarted) -> Iterator[str]:
     else:
         moves = "How far the stage drifted is not known."
     yield f"Drift is not corrected: a position assumes that the stage stands still. {moves}"
-    yield "Damage is not measured: the ledger charges 0 for it, on no basis, and no budget of damage can be met."
+    yield "Damage is not measured yet: the ledger charges 0 for it, with basis none, so a damage budget cannot act."
     if record.unit == "pixels":
         yield "The dose of the record is unknown, so charges are pixels revealed for the first time, never electrons."
     if record.targets is not None:
