@@ -74,14 +74,14 @@ def new_figure(width_in: float, height_in: float) -> Figure:
     return Figure(figsize=(width_in, height_in), layout=ConstrainedLayoutEngine(h_pad=0.12))
 
 
-def scale_bar(ax: Axes) -> None:
-    """A scale bar on axes whose unit is nm; marks lie over it, so that it hides none."""
+def scale_bar(ax: Axes, under: bool = False) -> None:
+    """A scale bar on axes whose unit is nm; ``under`` the marks, it hides none of them."""
     from matplotlib_scalebar.scalebar import ScaleBar
 
     bar = ScaleBar(
         1.0, "nm", location="lower left", color="white", box_color="black", box_alpha=0.6, width_fraction=0.008
     )
-    bar.set_zorder(0.9)
+    bar.set_zorder(0.9 if under else 6)
     ax.add_artist(bar)
 
 
@@ -132,9 +132,9 @@ def order_map() -> Any:
     return ListedColormap(colormaps["plasma"](np.linspace(0.3, 1.0, 256)))
 
 
-def label(ax: Axes, xy: tuple[float, float], text: str) -> None:
+def label(ax: Axes, xy: tuple[float, float], text: str, size: int) -> None:
     """A number that stays readable on any image."""
     from matplotlib.patheffects import withStroke
 
     halo = [withStroke(linewidth=2.5, foreground="black")]
-    ax.text(*xy, text, color="white", weight="bold", ha="center", va="center", fontsize=8, path_effects=halo)
+    ax.text(*xy, text, color="white", weight="bold", ha="center", va="center", fontsize=size, path_effects=halo)

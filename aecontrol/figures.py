@@ -130,16 +130,16 @@ def _visits(ax: Axes, record: Record) -> None:
     visits = record.exposed()
     if visits:
         order = np.arange(1, len(visits) + 1)
-        outlines = PolyCollection(
-            [_inset(r.region) for r in visits], facecolors="none", linewidths=1.0 if len(visits) > 100 else 1.5
-        )
-        outlines.set(array=order, cmap=order_map(), clim=(1, max(2, len(visits))))
-        colours = outlines.to_rgba(order)
-        outlines.set(array=None, edgecolors=colours)
-        ax.add_collection(outlines)
+        many = len(visits) > NUMBER_ALL
+        areas = PolyCollection([_inset(r.region) for r in visits], cmap=order_map(), clim=(1, max(2, len(visits))))
+        colours = areas.to_rgba(order, alpha=0.5 if many else 1.0)
+        areas.set(facecolors=colours if many else "none", edgecolors="none" if many else colours, linewidths=1.5)
+        ax.add_collection(areas)
+        if many:
+            ax.figure.colorbar(areas, ax=ax, label="order of visits", shrink=0.8, pad=0.02)
         for number, visit in enumerate(visits, 1):
-            if len(visits) <= NUMBER_ALL or number <= NUMBER_ENDS or number > len(visits) - NUMBER_ENDS:
-                label(ax, visit.region.center_nm, str(number))
+            if not many or number <= NUMBER_ENDS or number > len(visits) - NUMBER_ENDS:
+                label(ax, visit.region.center_nm, str(number), 6 if many else 8)
     ax.set_title("overview; visited regions in order" if record.overview else "no overview; visited regions in order")
 
 
@@ -234,7 +234,7 @@ def _sub_scan(ax: Axes, record: Record, scan: ScanRecord) -> tuple[list[str], li
     marks = _mark_finds(ax, record, region, found)
     ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     ax.set_title(f"step {scan.step} at ({region.center_nm[0]:.1f}, {region.center_nm[1]:.1f}) nm: {len(found)} found")
-    scale_bar(ax)
+    scale_bar(ax, under=True)
     return classes, marks
 
 
@@ -318,9 +318,13 @@ def _candidate_map(ax: Axes, record: Record, decided: Decided, values: Floats, c
     grid[row, column] = values
     mesh = ax.pcolormesh(x_edges, y_edges, grid, cmap=cmap, zorder=0)
     ax.figure.colorbar(mesh, ax=ax, location="bottom", shrink=0.8, pad=0.02, aspect=30)
-    before = [_inset(r.region) for r in record.exposed() if r.step < decided.step]
-    thin = 0.6 if len(before) > 100 else 1.0
-    ax.add_collection(PolyCollection(before, facecolors="none", edgecolors="white", linewidths=thin))
+    before = [r.region for r in record.exposed() if r.step < decided.step]
+    if len(before) > NUMBER_ALL:
+        x_seen, y_seen = zip(*(region.center_nm for region in before), strict=True)
+        ax.scatter(x_seen, y_seen, s=3, color="white", linewidths=0)
+    else:
+        outlines = [_inset(region) for region in before]
+        ax.add_collection(PolyCollection(outlines, facecolors="none", edgecolors="white", linewidths=1.0))
     if decided.decision.kind == "scan":
         chosen = [_inset(r) for r in decided.decision.regions]
         ax.add_collection(PolyCollection(chosen, facecolors="none", edgecolors="#D55E00", linewidths=2.0))
@@ -451,7 +455,7 @@ def _finds_against_charge(ax: Axes, record: Record, curve: dict[str, list[float]
     what = "recall (of the labelled objects)" if share else "true objects found" if known else "objects reported"
     ax.set(xlabel=f"{record.unit} charged, overview included", ylabel=what, title="finds against charge")
     ax.set(xlim=(0, None), ylim=(0, 1.02) if share else (0, None))
-    ax.legend(loc="upper left")
+    ax.legend(loc="lower right" if share else "upper left")
 
 
 def _curves(summary: dict[str, Any], own: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, float]]:

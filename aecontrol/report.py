@@ -50,7 +50,7 @@ from aecontrol.session import read_events
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PLURALS = {"vacancy": "vacancies", "atom": "atoms"}
+_PLURALS = {"vacancy": "vacancies", "atom_count": "atoms"}
 _PACKAGES = ("numpy", "scipy", "torch", "botorch", "gpytorch", "pyro-ppl", "scikit-image", "matplotlib")
 
 
@@ -203,8 +203,8 @@ def _belief_caption(record: Record) -> str:
         return ""
     why = decided.decision.explanation.why
     return (
-        f"At the last decision with a posterior (step {decided.step}). White: windows visited before it; orange: the "
-        f"one chosen. {why}"
+        f"At the last decision with a posterior (step {decided.step}). White frames or dots: windows visited before; "
+        f"orange: the one chosen. {why}"
     )
 
 
@@ -417,8 +417,8 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _number(value: float) -> str:
-    """Whole numbers with thin spaces between thousands, others to 4 digits."""
-    return f"{value:,.0f}".replace(",", " ") if float(value).is_integer() else f"{value:.4g}"
+    """Whole numbers with narrow spaces between thousands, others to 4 digits."""
+    return f"{value:,.0f}".replace(",", "\u202f") if float(value).is_integer() else f"{value:.4g}"
 
 
 def _ratio(value: float | None) -> str:
