@@ -34,7 +34,10 @@ class VacancyTarget(Model):
 
     kind: Literal["vacancy"] = "vacancy"
     lattice: LatticeHint = LatticeHint()
-    border_nm: NonNegative = Field(0.1, description="columns nearer than this to the frame's edge are not judged, nm")
+    border_nm: NonNegative = Field(
+        0.0,
+        description="columns nearer than this to the frame's edge are not judged, nm; their posteriors know the edge",
+    )
 
 
 class AtomCountTarget(Model):

@@ -72,7 +72,7 @@ def test_shipped_perceiver_finds_vacancies_in_the_specimen_frame() -> None:
     assert {a.label for a in reading.found_atoms()} <= {"S0", "S1"}
     gone = ~shot.specimen.alive & (shot.specimen.site == "S")
     missing = in_frame(shot.specimen.positions_A[gone, :2] / 10, shot.region)
-    truth = ((missing > 0.1) & (missing < 7.9)).all(1).sum()
+    truth = ((missing > 0) & (missing < 8)).all(1).sum()
     assert reading.value == pytest.approx(truth, abs=5 * np.sqrt(reading.variance or 0) + 1)
 
 

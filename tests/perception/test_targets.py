@@ -220,3 +220,18 @@ def test_frame_transform_is_the_regions() -> None:
     corners = np.array([[0.0, 0.0], [4.0, 0.0], [4.0, 2.0], [0.0, 2.0]])
     assert targets.to_specimen(corners, region) == pytest.approx(np.array(region.corners_nm()))
     assert targets.to_frame(targets.to_specimen(corners, region), region) == pytest.approx(corners)
+
+
+def test_columns_at_the_edge_are_judged_as_honestly_as_others() -> None:
+    wrong = right = 0
+    for seed in range(5):
+        shot = shoot(specimen(seed, HEAVY, rotation_deg=9.0 * seed), scan_region(4.0, 128), FULL_DOSE, seed)
+        reading = read_crystal(shot.image, shot.region.pixel_size_nm, seen_atoms(shot, seed), HINT, 0.0)
+        assert not isinstance(reading, str)
+        found = reading.table[list(reading.found), :2]
+        rim = ((found < 0.1) | (found > 3.9)).any(1)
+        xy, left = columns_in_frame(shot, "S")
+        hit = cKDTree(xy[left < 2]).query(found[rim])[0] < 0.1
+        right, wrong = right + int(hit.sum()), wrong + int((~hit).sum())
+    assert right > 50
+    assert wrong <= 0.06 * right
