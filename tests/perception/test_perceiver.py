@@ -177,3 +177,19 @@ def test_protocol_versions_and_settings() -> None:
         AtomPerceiver.model_validate({"target": {"kind": "vacancy", "lattice": {"reference": "Te"}}})
     data = one.fit_embedding(np.random.default_rng(0).random((40, 8, 8)).astype(np.float32), 3).save()
     assert one.load_embedding(data).save() == data
+
+
+@pytest.mark.parametrize(("target", "told"), [(AtomCountTarget(), True), (NoveltyTarget(), False)])
+def test_overviews_of_other_targets(target: Any, told: bool) -> None:
+    image = np.random.default_rng(1).poisson(2.0, (128, 128)).astype(float)
+    image[40:42, 60:62] += 40
+    region = scan_region(12.0, 128)
+    windows = [scan_region(3.0, 64).model_copy(update={"center_nm": (x, 4.0)}) for x in (2.0, 5.9, 10.0)]
+    readings = reader(target=target).read_overview(image, region, windows, None)
+    if told:
+        assert int(np.argmax([r.value or 0 for r in readings])) == 1
+    else:
+        assert all(r.value is None and "overview" in r.note for r in readings)
+    broken = image.copy()
+    broken[3, 3] = np.nan
+    assert all(r.value is None and r.note for r in reader().read_overview(broken, region, windows, None))
