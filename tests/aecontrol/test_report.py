@@ -131,7 +131,10 @@ def test_a_record_is_called_a_record_and_its_recall_is_drawn_beside_any_other_po
     run(folder, lattice_session(electrons=None, pixels=40_000, max_steps=3))
     summary = json.loads((folder / "summary.json").read_text())
     before = Page((folder / "report.html").read_text())
-    summary["comparison"] = {"oracle": {"curve": {"charge": [100.0, 30_000.0], "matched": [3.0, 30.0]}}, "random": {}}
+    summary["comparison"] = {
+        "oracle $\\frac$": {"curve": {"charge": [100.0, 30_000.0], "matched": [3.0, 30.0]}},
+        "random": {},
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
     page = page_of(folder)
     assert page.fetched[:-1] == before.fetched[:-1]
@@ -214,6 +217,7 @@ def test_a_large_picture_keeps_its_rare_colours():
     with Image.open(io.BytesIO(draw_png(draw))) as image:
         assert image.mode == "P"
         rgb = np.asarray(image.convert("RGB")).astype(int)
+    assert len(np.unique(rgb.reshape(-1, 3), axis=0)) > 100
     close = np.abs(rgb - (0xE6, 0x9F, 0x00)).max(axis=-1) < 16
     assert 100 < close.sum() < 1000
 
