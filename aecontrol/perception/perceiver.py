@@ -36,7 +36,7 @@ Array = NDArray[np.float64]
 REVISION = "1"
 """Raised when the reading of a frame changes with the same settings and weights; part of ``version``."""
 _LISTED_CONFIDENCE = 0.2
-"""Atoms less certain than this are not even listed."""
+"""Atoms less certain than this are not even listed, unless the target asks for them."""
 
 
 class Finder(Protocol):
@@ -119,8 +119,11 @@ class AtomReader:
         """Atoms, target objects, patches and value of one sub-scan; abstains with a note rather than guess."""
         target = self._config.target
         data = np.asarray(image, dtype=np.float64)
+        least = (
+            min(_LISTED_CONFIDENCE, target.confidence) if isinstance(target, AtomCountTarget) else _LISTED_CONFIDENCE
+        )
         try:
-            found = self._finder.find(data, region.pixel_size_nm, _LISTED_CONFIDENCE)
+            found = self._finder.find(data, region.pixel_size_nm, least)
         except BadInput as error:
             return Reading(None, None, note=error.what)
         if isinstance(target, AtomCountTarget) or target.lattice is None:
