@@ -47,7 +47,7 @@ def draw_png(draw: Callable[[], Figure | str]) -> bytes | str:
         if isinstance(figure, str):
             return figure
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
     return _compact(buffer.getvalue())
 
 
@@ -68,10 +68,8 @@ def _compact(png: bytes) -> bytes:
 def new_figure(width_in: float, height_in: float) -> Figure:
     """An empty figure that needs no display and leaves no trace in matplotlib's global state."""
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    # with the default padding a title above axes of fixed aspect is cut off
-    return Figure(figsize=(width_in, height_in), layout=ConstrainedLayoutEngine(h_pad=0.12))
+    return Figure(figsize=(width_in, height_in), layout="constrained")
 
 
 def scale_bar(ax: Axes, under: bool = False) -> None:

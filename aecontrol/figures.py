@@ -156,7 +156,7 @@ def _mosaic(ax: Axes, record: Record) -> None:
     frames = [(r.region, record.state.frames[r.key]) for r in record.exposed() if r.key in record.state.frames]
     images = [(region, coarse(record.image(frame), 160)) for region, frame in frames if frame.usable]
     if images:
-        low, high = np.median([grey_limits(image) for _, image in images], axis=0)
+        low, high = grey_limits(np.concatenate([image.ravel() for _, image in images]))
         for region, image in images:
             place_image(ax, region, image, low, high)
     found = record.state.found()
@@ -243,6 +243,9 @@ _MARKS = {
     "found, was there": ("o", FOUND),
     "found, was not there": ("s", WRONG),
     "missed": ("x", MISSED),
+    "found, labelled": ("o", FOUND),
+    "found, not labelled": ("s", WRONG),
+    "labelled, not found": ("x", MISSED),
 }
 
 
@@ -258,11 +261,11 @@ def _mark_finds(ax: Axes, record: Record, region: ScanRegion, found: Floats) -> 
         inside = np.asarray((np.abs(local) <= half).all(axis=1))
         inside[seen] = False
         wrong = np.setdiff1d(np.arange(len(found)), right)
-        groups = {
-            "found, was there": found[right],
-            "found, was not there": found[wrong],
-            "missed": record.targets[inside],
-        }
+        # people labelled the record: what they say is not quite what was there
+        names = ("found, labelled", "found, not labelled", "labelled, not found")
+        if record.unit != "pixels":
+            names = ("found, was there", "found, was not there", "missed")
+        groups = dict(zip(names, (found[right], found[wrong], record.targets[inside]), strict=True))
     drawn = []
     for name, xy in groups.items():
         if len(xy):
@@ -424,9 +427,9 @@ def draw_dose(record: Record) -> Figure | str:
 
 def _ledger(ax: Axes, record: Record, fired: list[KeyRecord]) -> None:
     steps = np.arange(len(fired) + 1)
-    bound = np.concatenate([[0.0], np.cumsum([record.amount(r.bound) for r in fired])])
     charged = np.concatenate([[0.0], np.cumsum([record.amount(r.charge) for r in fired])])
-    ax.step(steps, bound, where="post", color=MUTED, ls="--", lw=1.2, label="sum of the bounds reserved")
+    reserved = charged + np.array([0.0, *(record.amount(r.bound) - record.amount(r.charge) for r in fired)])
+    ax.step(steps, reserved, where="post", color=MUTED, ls="--", lw=1.2, label="reserved: charge before + bound")
     ax.step(steps, charged, where="post", color=ACCENT, lw=1.8, label="charged (measured where posted)")
     cut = [k + 1 for k, r in enumerate(fired) if r.state == "INDET"]
     if cut:
@@ -434,7 +437,8 @@ def _ledger(ax: Axes, record: Record, fired: list[KeyRecord]) -> None:
     limit = _budget(record)
     if limit is not None:
         ax.axhline(limit, color=INK, lw=1.0, label="budget")
-    ax.set(xlabel="exposures", ylabel=record.unit, title="dose ledger", xlim=(0, len(fired) + 0.5), ylim=(0, None))
+    top = 1.08 * max(reserved.max(), limit or 0.0)
+    ax.set(xlabel="exposures", ylabel=record.unit, title="dose ledger", xlim=(0, len(fired) + 0.5), ylim=(0, top))
     ax.legend(loc="lower right")
 
 
@@ -455,7 +459,7 @@ def _finds_against_charge(ax: Axes, record: Record, curve: dict[str, list[float]
     what = "recall (of the labelled objects)" if share else "true objects found" if known else "objects reported"
     ax.set(xlabel=f"{record.unit} charged, overview included", ylabel=what, title="finds against charge")
     ax.set(xlim=(0, None), ylim=(0, 1.02) if share else (0, None))
-    ax.legend(loc="lower right" if share else "upper left")
+    ax.legend()
 
 
 def _curves(summary: dict[str, Any], own: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, float]]:

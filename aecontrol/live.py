@@ -62,8 +62,8 @@ def region_text(region: ScanRegion) -> str:
 
 
 def amount_text(amount: float) -> str:
-    """A charge for people: whole up to 99 999, then 1.23e+06."""
-    return f"{amount:.0f}" if amount < 1e5 else f"{amount:.3g}"
+    """A charge for people: whole below a million, then 1.23e+06."""
+    return f"{amount:.0f}" if amount < 1e6 else f"{amount:.3g}"
 
 
 def clock_text(seconds: float) -> str:

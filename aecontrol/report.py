@@ -146,7 +146,8 @@ def _headline(record: Record, started: SessionStarted) -> str:
     targets = summary["contract"]["targets"] if summary else {}
     if targets.get("true") is not None:
         matched = (summary or {})["curve"].get("matched") or [0]
-        cards.append((f"{matched[-1]:.0f} of {targets['true']}", "of those that were there"))
+        what = "of those labelled" if record.unit == "pixels" else "of those that were there"
+        cards.append((f"{matched[-1]:.0f} of {targets['true']}", what))
         cards.append((_ratio(targets["precision"]), "precision"))
         cards.append((_ratio(targets["recall"]), "recall"))
     charged, limit = _charge_and_budget(record)
@@ -190,9 +191,10 @@ def _visits_caption(record: Record) -> str:
 def _finds_caption(record: Record) -> str:
     text = "The sub-scans with the most finds. Dots: located atoms, coloured by class. Rings: target objects found."
     if record.targets is not None:
+        what = "the labels" if record.unit == "pixels" else "what was there before the session began"
         text += (
-            f" Compared with what was there before the session began, within {record.state.plan.match_nm:g} nm: "
-            "crosses were missed, squares were reported where there was nothing."
+            f" Compared with {what}, within {record.state.plan.match_nm:g} nm: crosses were not found, squares were "
+            "reported where there is nothing."
         )
     return text
 
@@ -220,7 +222,10 @@ def _latents_caption(record: Record) -> str:
 
 
 def _dose_caption(record: Record) -> str:
-    text = "Every exposure is charged at its bound before the instrument is asked, and at what was measured afterwards."
+    text = (
+        "Before the instrument is asked, an exposure is charged at its bound, and the guard holds that sum (dashed) to "
+    )
+    text += "the budget; afterwards it is charged at what was measured."
     if (record.summary or {}).get("comparison"):
         text += " The other policies ran at the same dose on fresh copies, with the same detector of target objects."
     return text
