@@ -40,7 +40,7 @@ NOT_MEASURED = "none yet"  # nothing measures damage yet: the ledger charges 0, 
 _COLUMNS = ("step", "x, y nm", "size nm", "value", "finds", "dose", "damage", "time")
 _DISPENSABLE = ("size nm", "damage", "time")
 _NARROW = 75  # columns that the whole row needs
-_WIDE = 110  # columns of a terminal that has room for the reasons of past steps
+_REASON = 24  # columns that a reason needs to be worth showing
 _NEXT = {
     "new": "asking the instrument what it is",
     "overview": "planning the overview",
@@ -303,17 +303,20 @@ class LiveView:
 
         assert self._live is not None
         size = self._live.console.size
-        wide = size.width >= _WIDE
         shown = [k for k, name in enumerate(_COLUMNS) if size.width >= _NARROW or name not in _DISPENSABLE]
+        steps = self._steps[-max(1, min(ROWS, size.height - 8)) :]  # the lines around the table need the rest
+        cells = [[step.cells()[k] for k in shown] for step in steps]
+        # the reasons get what is left over: a long one must not squeeze the numbers
+        widths = [max(map(len, column)) for column in zip([_COLUMNS[k] for k in shown], *cells, strict=True)]
+        room = size.width - sum(widths) - 2 * len(widths)
         table = Table(box=None, pad_edge=False, header_style="dim")
         for k in shown:
             table.add_column(_COLUMNS[k], justify="right", no_wrap=True)
-        if wide:
-            table.add_column("why this place", no_wrap=True, overflow="ellipsis", ratio=1)
-        rows = max(1, min(ROWS, size.height - 8))  # the lines around the table need the rest
-        for step in self._steps[-rows:]:
-            cells = step.cells()
-            table.add_row(*(_one_line(cells[k]) for k in shown), *([_one_line(step.why)] if wide else []))
+        if room >= _REASON:
+            table.add_column("why this place", no_wrap=True)
+        for step, row in zip(steps, cells, strict=True):
+            why = step.why if len(step.why) <= room else f"{step.why[: room - 3]}..."
+            table.add_row(*map(_one_line, row), *([_one_line(why)] if room >= _REASON else []))
         return table
 
 

@@ -70,6 +70,17 @@ def test_the_display_survives_any_terminal_and_any_text(tmp_path, width, height)
             assert word in shown
 
 
+def test_a_long_reason_does_not_squeeze_the_numbers(tmp_path):
+    config = lattice_session(why="because " * 50, max_steps=1)
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, height=30, color_system=None)
+    watch(tmp_path / "s", config, LiveView(tmp_path / "s", config, quiet=False, console=console))
+    rows = [line for line in console.file.getvalue().splitlines() if line.endswith("...") and "7.5, 4.5" in line]
+    assert re.match(
+        r" +1 +7\.5, 4\.5 +3 x 3 +11 +11 \(all 11\) +21\.1 % +none yet +\d\.\d s +because", rows[-1]
+    )
+    assert len(rows[-1]) <= 120
+
+
 def test_the_terminal_is_restored_when_the_run_fails():
     config = lattice_session()
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
