@@ -39,17 +39,17 @@ def conclude(
     truth = known_truth(folder, config)
     unit = "pixels" if state.capabilities is not None and state.capabilities.unit == "pixels" else "electrons"
     contract = contract_of(folder, state, truth, wall_seconds)
-    comparison = {}
+    comparison: dict[str, Any] = {}
     if state.stopped is not None and config.tables.compare is not None and truth is not None:
         for kind in config.tables.compare.policies:
             progress(f"comparison: {kind} at the same dose, on a fresh copy")
             comparison[kind] = _compare(folder, config, state, kind, truth, device)
+        comparison["oracle"] = {"curve": _oracle(state, truth)}
     summary: dict[str, Any] = {
         "contract": contract,
         "unit": unit,
         "curve": _curve(state, truth),
         "comparison": comparison,
-        "oracle": _oracle(state, truth) if comparison and truth is not None else None,
         "electrons_delivered": None if truth is None else truth.electrons_delivered,
         "truth": None if truth is None else {"positions_nm": truth.targets.tolist(), "labels": list(truth.labels)},
     }
@@ -194,13 +194,23 @@ def _lines(folder: Path, state: State, summary: dict[str, Any], unit: str) -> li
     lines = [f"stopped after {contract['steps']} sub-scans ({stop['kind']}): {stop['reason']}"]
     lines.append(_result_line("this session", contract, summary["curve"], unit))
     for kind, other in summary["comparison"].items():
-        lines.append(_result_line(f"{kind}, fresh copy", other["contract"], other["curve"], unit))
+        if kind != "oracle":
+            line = _result_line(f"{kind}, fresh copy", other["contract"], other["curve"], unit)
+            ours, theirs = _rate(contract, summary["curve"], unit), _rate(other["contract"], other["curve"], unit)
+            ratio = f"; this session found {ours / theirs:.2f} times as many per {unit[:-1]}" if theirs else ""
+            lines.append(line + ratio)
     for record in state.keys.values():
         if record.state == "INDET":
             kept = "frame kept" if record.digests else "frame lost"
             lines.append(f"step {record.step}: interrupted exposure, charged in full at its bound, {kept}")
     lines.append(f"report: {folder / 'report.html'}")
     return lines
+
+
+def _rate(contract: dict[str, Any], curve: dict[str, Any], unit: str) -> float:
+    """True finds per electron or pixel charged."""
+    matched = curve.get("matched") or [0.0]
+    return float(matched[-1]) / max(int(contract[unit]["spent"]), 1)
 
 
 def _result_line(name: str, contract: dict[str, Any], curve: dict[str, Any], unit: str) -> str:

@@ -405,10 +405,12 @@ def _when_decided(state: State) -> Refuse | Reserve:
 
 def candidate_index(state: State, region: ScanRegion) -> int:
     """Index of ``region`` among the candidates, -1 when it is none of them."""
-    try:
-        return state.candidates.index(region)
-    except ValueError:
-        return -1
+    return _indices(state.candidates).get(region, -1)
+
+
+@lru_cache(maxsize=4)
+def _indices(candidates: tuple[ScanRegion, ...]) -> Mapping[ScanRegion, int]:
+    return {region: index for index, region in reversed(list(enumerate(candidates)))}
 
 
 # ---------------------------------------------------------------- what happened
