@@ -68,7 +68,7 @@ class HaadfScenes(Model):
         blur = _log_uniform(rng, *self.blur_nm)
         counts = _log_uniform(rng, *self.counts)
         if family == "single_atoms":
-            return _single_atoms(rng, self, n, pixel, 1.35 * blur)
+            return _single_atoms(rng, self, n, pixel, blur * rng.uniform(1.2, 2.0))  # thick support: out of focus
         build = _mos2 if family == "mos2" else _graphene
         columns = build(rng, n * pixel)
         if not self.clean:
@@ -187,7 +187,7 @@ def _single_atoms(rng: np.random.Generator, of: HaadfScenes, n: int, pixel: floa
         xy = np.concatenate([xy, xy[mates] + np.stack([np.cos(angle), np.sin(angle)], 1) * apart[:, None]])
     apart = np.hypot(*(xy[:, None] - xy[None]).transpose(2, 0, 1)) + 9 * np.tri(len(xy)).T
     xy = xy[(apart > 0.18).all(1)]
-    thickness = 1 + rng.uniform(0.1, 0.6) * _blobs(rng, n, rng.uniform(0.6, 3.0) / pixel, sign=True)
+    thickness = 1 + rng.uniform(0.0, 0.4) * _blobs(rng, n, rng.uniform(0.6, 3.0) / pixel, sign=True)
     if rng.random() < 0.25:  # edge of the support
         angle, width = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.8) / pixel
         along = (np.arange(n) - rng.uniform(0, n)) * np.array([[np.cos(angle)], [np.sin(angle)]])
@@ -195,9 +195,9 @@ def _single_atoms(rng: np.random.Generator, of: HaadfScenes, n: int, pixel: floa
         on_support = thickness[tuple(np.clip((xy[:, ::-1] / pixel).astype(int), 0, n - 1).T)] > 0.2
         xy = xy[on_support]
     thickness = np.maximum(thickness, 0.02)
-    # contrast of one atom over the mean support, and noise: signal-to-noise of the matched filter, 3 to 60
-    contrast = _log_uniform(rng, 0.08, 1.5)
-    ratio = _log_uniform(rng, 3.0, 60.0)
+    # contrast of one atom over the mean support, and noise: signal-to-noise of the matched filter, 4 to 60
+    contrast = _log_uniform(rng, 0.08, 4.0)
+    ratio = _log_uniform(rng, 4.0, 60.0)
     per_pixel = (ratio * pixel / (contrast * np.sqrt(np.pi) * blur)) ** 2
     support = thickness
     if not of.clean:
@@ -239,9 +239,14 @@ def _ramp(rng: np.random.Generator, n: int) -> Floats:
 
 
 def _filtered(rng: np.random.Generator, n: int, gain: Floats) -> Floats:
-    """Gaussian random field [n, n] with the amplitude spectrum ``gain`` (over ``_frequencies``), spread 1."""
-    field = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(2 * n, 2 * n))) * gain, s=(2 * n, 2 * n))[:n, :n]
-    return np.asarray(field / max(float(field.std()), 1e-9))
+    """Gaussian random field [n, n] with the amplitude spectrum ``gain`` (over ``_frequencies``), expected spread 1.
+
+    Cut from a field of twice the side, so that it is not periodic.
+    """
+    white = np.fft.rfft2(rng.normal(size=(2 * n, 2 * n)))
+    gain[0, 0] = 0.0
+    gain = gain / np.sqrt((gain[:, 1:-1] ** 2).sum() * 2 + (gain[:, [0, -1]] ** 2).sum()) * 2 * n
+    return np.asarray(np.fft.irfft2(white * gain, s=(2 * n, 2 * n))[:n, :n])
 
 
 def _frequencies(n: int) -> Floats:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 HEAT_SIGMA_NM = 0.035
-"""Width of the Gaussian that the network is trained to put on each centre (METHODS 5.1)."""
+"""Width of the Gaussian that the network is trained to put on each centre."""
+MERGE_NM = 0.06
+"""Two peaks closer than this are one atom seen twice."""
 GATHER_NM = 0.075
 """Heat within this radius of a peak belongs to its atom: about half the closest spacing known here (C-C, 0.142 nm)."""
 
@@ -110,14 +112,17 @@ class AtomFinder:
             rows * scale_y / bin_y,
             (pixel_size_nm[0] * bin_x, pixel_size_nm[1] * bin_y),
         )
+        # an atom outside the frame may shine into it and help the fit, but is not in the image
+        height, width = resampled.binned.shape
+        inside = (fit.x >= 0) & (fit.x <= width) & (fit.y >= 0) & (fit.y <= height)
         return Found(
-            x_px=fit.x * bin_x,
-            y_px=fit.y * bin_y,
-            confidence=confidence,
-            sigma_x=fit.sigma_x * bin_x,
-            sigma_y=fit.sigma_y * bin_y,
-            intensity=fit.intensity,
-            sigma_intensity=fit.sigma_intensity,
+            x_px=fit.x[inside] * bin_x,
+            y_px=fit.y[inside] * bin_y,
+            confidence=confidence[inside],
+            sigma_x=fit.sigma_x[inside] * bin_x,
+            sigma_y=fit.sigma_y[inside] * bin_y,
+            intensity=fit.intensity[inside],
+            sigma_intensity=fit.sigma_intensity[inside],
             background=fit.background / (bin_x * bin_y),
             blur_nm=fit.blur_nm,
         )
@@ -163,4 +168,17 @@ def decode(
     padded = np.pad(heat.astype(np.float64), ((reach[0],) * 2, (reach[1],) * 2))
     window = padded[(rows + reach[0])[:, None, None] + dy, (cols + reach[1])[:, None, None] + dx] * disc
     mass = window.sum((1, 2)) + 1e-12
-    return rows + 0.5 + (window * dy).sum((1, 2)) / mass, cols + 0.5 + (window * dx).sum((1, 2)) / mass, confidence
+    y, x = rows + 0.5 + (window * dy).sum((1, 2)) / mass, cols + 0.5 + (window * dx).sum((1, 2)) / mass
+    single = _without_doubles(np.stack([y, x], 1) * pixel_yx_nm)
+    return y[single], x[single], confidence[single]
+
+
+def _without_doubles(at_nm: Floats) -> NDArray[np.bool_]:
+    """Which of the peaks, brightest first, to keep so that no two are closer than ``MERGE_NM``."""
+    from scipy.spatial import cKDTree
+
+    keep = np.ones(len(at_nm), dtype=bool)
+    for first, second in sorted(cKDTree(at_nm).query_pairs(MERGE_NM)) if len(at_nm) else ():
+        if keep[first]:
+            keep[second] = False
+    return keep

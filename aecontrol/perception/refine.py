@@ -24,8 +24,8 @@ TRUST_NM = 0.06
 """A column that leaves this radius around the network's position is put back: the fit has lost it."""
 STEPS = 6
 SOLVER_STEPS = 20
-WINDOW = 3.2
-"""Half width of a column's window in blurs; the Gaussian there is 0.6 % of its peak."""
+WINDOW = 3.5
+"""Half width of a column's window in blurs; the Gaussian there is 0.2 % of its peak."""
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,14 @@ def _variance(model: Floats, residual: Floats) -> Floats:
     groups = np.array_split(order, min(16, max(2, order.size // 16)))
     level = np.array([model.ravel()[g].mean() for g in groups])
     square = np.array([(residual.ravel()[g] ** 2).mean() for g in groups])
-    base = level.min()
-    relative = 1 / np.maximum(square, 1e-3 * square.max() + 1e-300)  # variances err in proportion to themselves
-    v0, gain = nnls(np.stack([np.ones_like(level), level - base], 1) * relative[:, None], square * relative)[0]
-    return np.asarray(np.maximum(v0 + gain * (model - base), 1e-3 * square.mean() + 1e-300))
+    # the solver's tolerance is absolute: keep its numbers near 1
+    base, span, unit = level.min(), np.ptp(level) + 1e-300, square.max() + 1e-300
+    relative = 1 / np.maximum(square / unit, 1e-3)  # variances err in proportion to themselves
+    basis = np.stack([np.ones_like(level), (level - base) / span], 1) * relative[:, None]
+    v0, gain = nnls(basis, square / unit * relative)[0]
+    variance = unit * (v0 + gain * (model - base) / span)
+    # where the model itself is wrong, its squared error poses as gain: never let dark pixels rule the fit altogether
+    return np.asarray(np.maximum(variance, 0.01 * variance.max() + 1e-300))
 
 
 def _finish(problem: _Problem, s: _State, c: _Columns, residual: Floats, x0: Floats, y0: Floats) -> Fit:
@@ -225,7 +229,7 @@ def _finish(problem: _Problem, s: _State, c: _Columns, residual: Floats, x0: Flo
 
 def _conjugate_gradients(apply: Callable[[Floats], Floats], right: Floats, diagonal: Floats) -> Floats:
     """Solve ``apply(v) = right`` for a symmetric positive ``apply``, diagonally preconditioned."""
-    inverse = np.divide(1.0, diagonal, out=np.zeros_like(diagonal), where=diagonal > 1e-12 * diagonal.max())
+    inverse = np.divide(1.0, diagonal, out=np.zeros_like(diagonal), where=diagonal > 0)
     v = np.zeros_like(right)
     r = right.copy()
     z = inverse * r

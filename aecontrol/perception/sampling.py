@@ -55,7 +55,10 @@ def resample(image: NDArray[np.generic], pixel_size_nm: tuple[float, float]) -> 
     rows, cols = data.shape[0] // bins[0], data.shape[1] // bins[1]
     binned = data[: rows * bins[0], : cols * bins[1]].reshape(rows, bins[0], cols, bins[1]).sum((1, 3))
     coarse = (size[0] * bins[0], size[1] * bins[1])
-    zoom = [1.0 if p <= COARSEST_KEPT_NM else p / NET_PIXEL_NM for p in coarse]
+    finest = min(coarse)
+    # one axis much coarser than the other is brought to the finer one: the network knows square pixels only
+    wanted = NET_PIXEL_NM if finest > COARSEST_KEPT_NM else finest
+    zoom = [1.0 if p <= min(COARSEST_KEPT_NM, 1.1 * wanted) else p / wanted for p in coarse]
     shape = (round(rows * zoom[0]), round(cols * zoom[1]))
     if min(shape) < SMALLEST_PX:
         raise BadInput(

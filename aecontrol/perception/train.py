@@ -31,7 +31,9 @@ Progress = Callable[[int, int, float], None]
 """Called with the step, the number of steps and the recent loss."""
 
 RIM_NM = 0.2
-"""Held-out atoms this close to the frame's rim are not judged (METHODS 5.1)."""
+"""Held-out atoms this close to the frame's rim are not judged."""
+SPARSE = 0.05
+"""Mean heat below which patches are no longer weighted up (a choice)."""
 HELD_OUT = "held-out"
 
 
@@ -141,7 +143,10 @@ def _fit(config: TrainAtoms, scenes: Scenes, progress: Progress | None) -> UNet:
     for step in range(config.steps):
         inputs, targets = _batch(config, scenes, step)
         logits = net(torch.from_numpy(inputs).to(memory_format=torch.channels_last))
-        loss = functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(targets))
+        heat = torch.from_numpy(targets)
+        # sparse patches weigh more: else the dense lattices' unavoidable loss drowns the isolated atoms
+        weight = 1 / (heat.mean((1, 2, 3), keepdim=True) + SPARSE)
+        loss = functional.binary_cross_entropy_with_logits(logits, heat, weight / weight.mean())
         optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -1,0 +1,79 @@
+"""Training: repeatable, learns, and its scenes put atoms where they say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from aecontrol.errors import BadInput
+from aecontrol.perception import sampling
+from aecontrol.perception.finder import decode
+from aecontrol.perception.train import TrainAtoms, _crop, match, train_atoms, train_from_toml
+from simulators.scenes import HaadfScenes
+
+SMALL = TrainAtoms(steps=24, batch=4, patch_px=32, width=4, learning_rate=0.02, held_out_scenes=1)
+FEW = HaadfScenes(size_px=40)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    losses: list[float] = []
+    folder = tmp_path_factory.mktemp("weights")
+    card = train_atoms(SMALL, FEW, folder, lambda step, steps, loss: losses.append(loss))
+    return folder, card, losses
+
+
+def test_card_describes_the_weights(trained):
+    folder, card, losses = trained
+    data = (folder / "atoms.safetensors").read_bytes()
+    assert card["sha256"] == hashlib.sha256(data).hexdigest()
+    assert json.loads((folder / "atoms.json").read_text()) == card
+    assert set(card["metrics"]) == set(FEW.held_out())
+    assert len(losses) == SMALL.steps
+    assert losses[-1] < losses[0]
+
+
+def test_same_seed_same_weights(trained, tmp_path):
+    assert train_atoms(SMALL, FEW, tmp_path)["sha256"] == trained[1]["sha256"]
+    other = train_atoms(SMALL.model_copy(update={"seed": 1}), FEW, tmp_path)
+    assert other["sha256"] != trained[1]["sha256"]
+
+
+@pytest.mark.parametrize(
+    "text", ["[train]\nsteps = 0\n[scenes]\nkind = 'haadf'", "[train]", "[scenes]\nkind = 'no'", "x ="]
+)
+def test_bad_training_files_are_refused(tmp_path, text):
+    path = tmp_path / "train.toml"
+    path.write_text(text)
+    with pytest.raises(BadInput):
+        train_from_toml(path, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["mos2", "graphene", "single_atoms"])
+def test_heat_of_a_scene_decodes_to_its_atoms(family):
+    """The training target and the decoder are each other's inverse, rims and coarse pixels included."""
+    for index in range(6):
+        scene = HaadfScenes(families=(family,), coarse_fraction=0.3).render(3, index)
+        whole = sampling.resample(scene.image, scene.pixel_size_nm)
+        side = 4 * (max(whole.image.shape) // 4 + 1)
+        _, heat = _crop(scene, whole, side, np.random.default_rng(0), own_statistics=False)
+        heat = heat[: whole.image.shape[0], : whole.image.shape[1]]
+        pixel = (scene.pixel_size_nm[1] * whole.scale[0], scene.pixel_size_nm[0] * whole.scale[1])
+        rows, cols, confidence = decode(heat, pixel, 0.5)
+        size = np.array(whole.image.shape[::-1]) * pixel[::-1]
+        found = np.stack([cols, rows], 1) * pixel[::-1]
+        hits, judged, there, squares = match(found, scene.positions_px * scene.pixel_size_nm, size, 0.05)
+        assert hits == there == judged
+        assert squares <= hits * 0.015**2
+        assert (confidence > 0.9).all()
+
+
+def test_match_counts_each_atom_once():
+    truth = np.array([[1.0, 1.0], [2.0, 1.0], [0.05, 1.0]])
+    found = np.array([[1.01, 1.0], [1.0, 1.02], [3.0, 2.0], [0.06, 1.0]])
+    hits, judged, there, squares = match(found, truth, np.array([4.0, 4.0]), 0.05)
+    assert (hits, judged, there) == (1, 3, 2)  # the rim atom is not judged, the double find is a false one
+    assert squares == pytest.approx(1e-4)
