@@ -159,7 +159,7 @@ def decode(
     )
     score = convolve(heat, disc / certain, mode="constant") / inside
     smooth = gaussian_filter(heat, [0.02 / p for p in pixel_yx_nm], mode="constant")
-    near = distance <= 0.5 * GATHER_NM + 1e-9
+    near = (distance <= 0.5 * GATHER_NM) | (np.maximum(abs(dy), abs(dx)) <= 1)
     peaks = (smooth == maximum_filter(smooth, footprint=near, mode="constant")) & (score >= threshold) & (smooth > 0.02)
     rows, cols = np.nonzero(peaks)
     order = np.argsort(-smooth[rows, cols], kind="stable")

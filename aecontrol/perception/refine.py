@@ -24,8 +24,8 @@ TRUST_NM = 0.06
 """A column that leaves this radius around the network's position is put back: the fit has lost it."""
 STEPS = 6
 SOLVER_STEPS = 20
-WINDOW = 3.5
-"""Half width of a column's window in blurs; the Gaussian there is 0.2 % of its peak."""
+WINDOW = 3.2
+"""Half width of a column's window in blurs; the Gaussian there is 0.6 % of its peak."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _conjugate_gradients(apply: Callable[[Floats], Floats], right: Floats, diago
     z = inverse * r
     p = z
     rz = float(r @ z)
-    end = 1e-6 * rz
+    end = 1e-4 * rz  # one per cent: the next step repairs the rest
     for _ in range(SOLVER_STEPS):
         if rz <= end:
             break

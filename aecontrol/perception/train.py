@@ -70,8 +70,8 @@ class TrainAtoms(Model):
     """[train]: how the network is trained."""
 
     seed: Count = Field(0, description="of weights, scenes and crops")
-    steps: PositiveInt = Field(1500, description="optimiser steps")
-    batch: PositiveInt = Field(24, description="patches a step")
+    steps: PositiveInt = Field(2000, description="optimiser steps")
+    batch: PositiveInt = Field(16, description="patches a step")
     patch_px: PositiveInt = Field(96, multiple_of=4, description="side of a patch")
     width: PositiveInt = Field(16, description="channels at full resolution")
     learning_rate: Positive = Field(4e-3, description="highest learning rate (AdamW, one cycle)")
