@@ -55,6 +55,10 @@ class AtomPerceiver(Model):
 
     kind: Literal["atoms"] = "atoms"
     target: Target = VacancyTarget()
+    finder: Literal["network", "spots"] = Field(
+        "network",
+        description="'network': the trained U-Net; 'spots': a training-free fit, for single atoms on an uneven support",
+    )
     embedding: EmbeddingConfig = VaeEmbedding()
     patch_size_nm: Positive = Field(0.4, description="side of the square patches, nm")
     patch_pixels: Annotated[int, Field(ge=8, le=64)] = Field(16, description="pixels along a patch's side")
@@ -67,6 +71,10 @@ class AtomPerceiver(Model):
 
     def build(self, device: str = "cpu") -> AtomReader:
         """Load the finder's weights. Raises BadInput when they are missing or foreign."""
+        if self.finder == "spots":
+            from aecontrol.perception.bright import BrightAtomFinder
+
+            return AtomReader(self, BrightAtomFinder())
         from aecontrol.perception.device import resolve
         from aecontrol.perception.finder import AtomFinder
 
