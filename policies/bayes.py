@@ -123,7 +123,7 @@ class Bayes(Model):
         if self.acquisition == "max_variance":
             return belief.sd
         if self.acquisition == "ucb":
-            return np.add(belief.mean, self.beta**0.5 * belief.sd)
+            return np.asarray(belief.mean + self.beta**0.5 * belief.sd)
         return log_expected_improvement(belief.mean, belief.sd, belief.incumbent)
 
     def _believe(self, problem: _Problem) -> tuple[_Belief | None, str | None]:

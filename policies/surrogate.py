@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import botorch
 import numpy as np
 import torch
-from botorch.exceptions import OptimizationWarning
+from botorch.exceptions.warnings import OptimizationWarning
 from botorch.models import SingleTaskGP
 from botorch.optim.fit import fit_gpytorch_mll_scipy
 from gpytorch.constraints import GreaterThan
@@ -29,8 +29,8 @@ from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
 from gpytorch.means import Mean
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.priors import LogNormalPrior
-from gpytorch.utils.errors import NanError, NotPSDError
 from gpytorch.utils.warnings import NumericalWarning
+from linear_operator.utils.errors import NanError, NotPSDError
 
 from .choosing import Floats
 

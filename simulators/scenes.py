@@ -68,7 +68,7 @@ class HaadfScenes(Model):
         blur = _log_uniform(rng, *self.blur_nm)
         counts = _log_uniform(rng, *self.counts)
         if family == "single_atoms":
-            return _single_atoms(rng, self, n, pixel, blur * rng.uniform(1.2, 2.0))  # thick support: out of focus
+            return _single_atoms(rng, self, n, pixel)
         build = _mos2 if family == "mos2" else _graphene
         columns = build(rng, n * pixel)
         if not self.clean:
@@ -159,7 +159,9 @@ def _sheet(
     rng: np.random.Generator, of: HaadfScenes, columns: _Columns, n: int, pixel: float, blur: float, counts: float
 ) -> Scene:
     """A rendered monolayer: columns, background, contamination, noise."""
-    expected = _gaussians(rng, columns.xy / pixel, columns.weight * counts, blur / pixel, n, of.clean)
+    expected = _gaussians(
+        rng, columns.xy / pixel, columns.weight * counts, np.full(len(columns.xy), blur / pixel), n, of.clean
+    )
     peak = counts * pixel**2 / (2 * np.pi * blur**2)
     background = np.full((n, n), peak * rng.uniform(0.005, 0.08))
     if not of.clean:
@@ -176,8 +178,9 @@ def _sheet(
     )
 
 
-def _single_atoms(rng: np.random.Generator, of: HaadfScenes, n: int, pixel: float, blur: float) -> Scene:
+def _single_atoms(rng: np.random.Generator, of: HaadfScenes, n: int, pixel: float) -> Scene:
     """Isolated heavy atoms on a mottled light support, in parts over vacuum."""
+    blur = _log_uniform(rng, 0.045, 0.11)  # wider than in a sheet: a thick support is not in focus throughout
     side = n * pixel
     area = (side + 2 * MARGIN_NM) ** 2
     xy = rng.uniform(-MARGIN_NM, side + MARGIN_NM, (rng.poisson(_log_uniform(rng, 0.05, 1.2) * area), 2))
@@ -201,24 +204,27 @@ def _single_atoms(rng: np.random.Generator, of: HaadfScenes, n: int, pixel: floa
     per_pixel = (ratio * pixel / (contrast * np.sqrt(np.pi) * blur)) ** 2
     support = thickness
     if not of.clean:
-        grain = _texture(rng, n, blur / pixel, white=rng.uniform(0.2, 1.5))
-        amount = min(0.25, contrast * rng.uniform(0.05, 0.3))
+        grain = _texture(rng, n, rng.uniform(0.6, 1.0) * blur / pixel, white=rng.uniform(0.2, 1.5))
+        amount = min(0.3, contrast * rng.uniform(0.05, 0.45))
         support = np.maximum(thickness + amount * np.sqrt(thickness) * grain, 0.01)
     weight = np.exp(rng.normal(0, rng.uniform(0.05, 0.3), len(xy)))
     integral = contrast * 2 * np.pi * (blur / pixel) ** 2
-    expected = _gaussians(rng, xy / pixel, weight * integral, blur / pixel, n, of.clean)
+    sigma = blur / pixel * np.exp(rng.normal(0, 0 if of.clean else rng.uniform(0, 0.2), len(xy)))
+    expected = _gaussians(rng, xy / pixel, weight * integral, sigma, n, of.clean)
     image = _detect(rng, per_pixel * (support + expected), of.clean)
     return Scene(image, (pixel, pixel), xy / pixel, np.full(len(xy), "heavy"), weight * integral * per_pixel)
 
 
-def _gaussians(rng: np.random.Generator, xy: Floats, counts: Floats, sigma: float, n: int, clean: bool) -> Floats:
-    """Expected counts [n, n] of columns at ``xy`` (pixels): probe core and tail, lines shifted by scan jitter."""
+def _gaussians(rng: np.random.Generator, xy: Floats, counts: Floats, sigma: Floats, n: int, clean: bool) -> Floats:
+    """Expected counts [n, n] of columns at ``xy`` of width ``sigma`` (pixels): probe core and tail, lines displaced."""
     core, wide = (1.0, 1.0) if clean else (rng.uniform(0.65, 1.0), rng.uniform(1.6, 3.0))
-    jitter = np.zeros((2, n)) if clean else rng.normal(0, sigma * rng.uniform(0, 0.3), (2, n))
+    jitter = np.zeros((2, n))
+    if not clean and len(xy):
+        jitter = rng.normal(0, sigma.min() * rng.uniform(0, 0.3), (2, n))
     tall = 1.0 if clean else np.exp(rng.normal(0, 0.06))  # mild astigmatism along the axes
     at = np.arange(n) + 0.5
     total = np.zeros((n, n))
-    for share, width in ((core, sigma), (1 - core, sigma * wide)):
+    for share, width in ((core, sigma[:, None]), (1 - core, wide * sigma[:, None])):
         if share <= 0:
             continue
         sx, sy = width * tall, width / tall

@@ -75,9 +75,7 @@ def test_a_long_reason_does_not_squeeze_the_numbers(tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=120, height=30, color_system=None)
     watch(tmp_path / "s", config, LiveView(tmp_path / "s", config, quiet=False, console=console))
     rows = [line for line in console.file.getvalue().splitlines() if line.endswith("...") and "7.5, 4.5" in line]
-    assert re.match(
-        r" +1 +7\.5, 4\.5 +3 x 3 +11 +11 \(all 11\) +21\.1 % +none yet +\d\.\d s +because", rows[-1]
-    )
+    assert re.match(r" +1 +7\.5, 4\.5 +3 x 3 +11 +11 \(all 11\) +21\.1 % +none yet +\d\.\d s +because", rows[-1])
     assert len(rows[-1]) <= 120
 
 
