@@ -166,8 +166,7 @@ def test_other_pixel_shapes_and_sizes(finder, pixels):
 
 
 def test_hand_labelled_pt_atoms_on_carbon(finder):
-    """Real images; training saw none. Measured F1 is about 0.7 at this threshold, with labels that are themselves
-    uncertain; a guess of as many random places on the support would pair with one label in ten."""
+    """Real images; training saw none of them, but the texture of its supports was set with their spectra."""
     pairs_made = finds = labels = 0
     for name in ("img_021", "img_034"):
         record = np.load(DATA / f"{name}.npz")
