@@ -129,14 +129,15 @@ def test_gain_and_offset_change_nothing_but_units(finder):
 
 def test_a_window_reads_like_the_same_place_in_a_larger_frame_up_to_its_rim(finder):
     image, truth, _, pixel = mos2_frame(2, 300)
-    window = finder.find(image[64:160, 32:128], (pixel, pixel))
+    window = finder.find(image[64:160, 32:128], (pixel, pixel), threshold=0.3)  # half an S atom on the rim is faint
     truth = truth / pixel - [32, 64]
     inside = truth[((truth > 1) & (truth < 95)).all(1)]
     i, _ = pairs(window, inside, 0.05 / pixel)
     assert len(i) / len(inside) >= 0.97
+    assert len(window) <= 1.04 * ((truth > 0) & (truth < 96)).all(1).sum()
     rim = inside[~((inside > 5) & (inside < 91)).all(1)]
     assert len(rim) >= 20
-    assert len(pairs(window, rim, 0.06 / pixel)[0]) / len(rim) >= 0.9
+    assert len(pairs(window, rim, 0.06 / pixel)[0]) / len(rim) >= 0.85  # with half its surroundings cut away
 
 
 def test_smallest_window(finder):
