@@ -199,11 +199,25 @@ def _lines(folder: Path, state: State, summary: dict[str, Any], unit: str) -> li
             ours, theirs = _rate(contract, summary["curve"], unit), _rate(other["contract"], other["curve"], unit)
             ratio = f"; this session found {ours / theirs:.2f} times as many per {unit[:-1]}" if theirs else ""
             lines.append(line + ratio)
+    if summary["comparison"] and contract["targets"]["true"]:
+        lines += _recall_table(summary, unit)
     for record in state.keys.values():
         if record.state == "INDET":
             kept = "frame kept" if record.digests else "frame lost"
             lines.append(f"step {record.step}: interrupted exposure, charged in full at its bound, {kept}")
     lines.append(f"report: {folder / 'report.html'}")
+    return lines
+
+
+def _recall_table(summary: dict[str, Any], unit: str) -> list[str]:
+    """Recall at quarters of what this session was charged, beside the others and one who knows the truth."""
+    true, full = summary["contract"]["targets"]["true"], summary["curve"]["charge"][-1]
+    marks = [full * quarter / 4 for quarter in (1, 2, 3, 4)]
+    lines = [f"recall once {', '.join(f'{mark:.3g}' for mark in marks)} {unit} were charged:"]
+    curves = {"this session": summary["curve"]} | {k: other["curve"] for k, other in summary["comparison"].items()}
+    for name, curve in curves.items():
+        reached = [[m for c, m in zip(curve["charge"], curve["matched"], strict=True) if c <= mark] for mark in marks]
+        lines.append(f"  {name:<14}" + "  ".join(f"{(r[-1] if r else 0) / true:.2f}" for r in reached))
     return lines
 
 
