@@ -9,18 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aecontrol.errors import BadInput
-from aecontrol.scoring import (
-    inside_boxes,
-    match,
-    merge_duplicates,
-    oracle_order,
-    pixels_spent,
-    random_order,
-    recall_curve,
-    score,
-    spent_at_recall,
-    window_boxes,
-)
+from aecontrol.scoring import match, merge_duplicates, recall_curve, score, spent_at_recall
+from tests.windows import inside_boxes, oracle_order, pixels_spent, random_order, window_boxes
 
 COORDINATE = st.integers(0, 12).map(float)
 POINTS = st.lists(st.tuples(COORDINATE, COORDINATE), max_size=5)

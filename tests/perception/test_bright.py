@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from aecontrol.errors import BadInput
 from aecontrol.files import read_image
 from aecontrol.perception.bright import SPOT_NM, BrightAtomFinder, fit_spots, pixel_noise
-from aecontrol.scoring import score, window_boxes
+from aecontrol.scoring import score
+from tests.windows import window_boxes
 
 DATA = Path(__file__).parents[1] / "data" / "pt_single_atoms"
 PIXEL = 15 / 512

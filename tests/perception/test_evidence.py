@@ -10,8 +10,9 @@ from scipy.ndimage import gaussian_filter
 from aecontrol.files import read_image
 from aecontrol.perception.bright import SPOT_NM
 from aecontrol.perception.evidence import bright_atom_evidence
-from aecontrol.scoring import inside_boxes, pixels_spent, random_order, spent_at_recall, window_boxes
+from aecontrol.scoring import spent_at_recall
 from aecontrol.types import ScanRegion
+from tests.windows import inside_boxes, pixels_spent, random_order, window_boxes
 
 DATA = Path(__file__).parents[1] / "data" / "pt_single_atoms"
 PIXEL, FIELD = 0.1, 8.0
