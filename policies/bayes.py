@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -30,34 +30,26 @@ from .choosing import (
 )
 
 if TYPE_CHECKING:
-    from .surrogate import Evidence, Hyperparameters, Prior, Targets
+    from .surrogate import Design, Hyperparameters, Targets
 
-Result = TypeVar("Result")
 Acquisition = Literal["logei", "ucb", "max_variance"]
 
 _FITS: OrderedDict[bytes, Hyperparameters | str] = OrderedDict()
-_EVIDENCE: OrderedDict[bytes, Evidence | str] = OrderedDict()
 """Fits (or why they failed) of this process, keyed by a digest of everything that they were computed from: forgetting
 one changes the time of a decision, never the decision."""
 
-FITS_KEPT = 16
+FITS_KEPT = 64
 REFIT_EVERY_STEP_UNTIL = 16
+LARGEST_FIT = 256
 JITTER = 1e-2
-STEEPEST = 3.0
-"""Largest prior slope, in standard deviations of value per standard deviation of evidence (a choice)."""
 
 
 class _Problem(NamedTuple):
-    """One decision, as numbers: M windows at ``places`` [M, 2] in units of the field, of size ``window`` (x, y); their
-    evidence [M] with its variance, NaN where there is none; further standardised features [M, d]; and the numbers
-    ``which`` [n], values and variances of the sub-scans whose value is known."""
+    """One decision, as numbers: all windows, and the sub-scans whose value is known."""
 
-    places: Floats
-    window: Floats
-    evidence: Floats
-    evidence_variances: Floats
-    features: Floats
-    which: Indices
+    windows: Design
+    window_size: Floats
+    scanned: Design
     values: Floats
     variances: Floats
 
@@ -73,8 +65,7 @@ class _Belief(NamedTuple):
 
 
 class Bayes(Model):
-    """Gaussian process over window centres with the overview's evidence as its prior mean, whose slope is learned
-    (the model: :mod:`policies.surrogate`).
+    """Gaussian process over window centres, with a prior mean learned from the overview's evidence.
 
     Until ``n_initial`` sub-scans have a value it ranks by overview evidence (without one: scrambled Sobol). When the
     surrogate fails it takes the next rung, and says so in ``fallback``: default hyper-parameters with jitter, ranking
@@ -91,22 +82,16 @@ class Bayes(Model):
     overview_features: tuple[str, ...] = Field(
         (), description="names of overview features used as evidence beside the overview's value"
     )
-    denoise_overview: bool = Field(
-        True,
-        description="average the evidence's stated noise out between neighbouring windows; false where neighbours "
-        "have nothing to do with each other (single atoms) or the stated variance is not the noise",
-    )
 
     def decide(self, history: History, candidates: Sequence[ScanRegion], seed: int) -> Decision:
         """The feasible window with the highest acquisition; the lowest index wins a tie."""
         allowed = feasible_indices(history, candidates)
         cheap = evidence(history, candidates)
-        problem = _problem(history, candidates, cheap, self.overview_features)
-        known = len(problem.values)
+        known = sum(o.value is not None for o in history.scans)
         if known < self.n_initial:
             reason = f"{known} of {self.n_initial} sub-scans before the surrogate is asked"
             return self._without_surrogate(history, candidates, allowed, cheap, seed, reason, None)
-        belief, fallback = self._believe(problem)
+        belief, fallback = self._believe(_problem(history, candidates, cheap, self.overview_features))
         if belief is None:
             return self._without_surrogate(history, candidates, allowed, cheap, seed, "no surrogate", fallback)
         scores = self._scores(belief)
@@ -145,80 +130,39 @@ class Bayes(Model):
         """The surrogate's belief, or None; and which rung of the ladder gave it."""
         from . import surrogate
 
-        prefix = _fit_size(len(problem.values))
+        n = len(problem.values)
         try:
+            prefix = _fit_size(n)
             targets = surrogate.standardise(problem.values[:prefix], problem.variances[:prefix])
             every = surrogate.rescale(problem.values, problem.variances, targets.mean, targets.scale)
         except surrogate.FitFailed as error:
             return None, f"overview evidence: {error}"
-        prior, note = self._prior(problem, targets, prefix)
-        fitted = _fitted(prior.first(prefix), targets, problem.window)
-        failed = None
+        fitted = _fitted(problem.scanned.first(prefix), targets, problem.window_size)
+        fallback = None
         rungs: list[tuple[Hyperparameters, float]] = []
         if isinstance(fitted, str):
-            failed = fitted
+            fallback = fitted
         else:
             rungs.append((fitted, 0.0))
-        rungs.append((surrogate.default_hyperparameters(problem.window), JITTER))
+        rungs.append((surrogate.default_hyperparameters(problem.window_size), JITTER))
         for hyperparameters, jitter in rungs:
             try:
-                mean, sd = surrogate.posterior(prior, every, hyperparameters, jitter)
+                mean, sd = surrogate.posterior(problem.scanned, every, problem.windows, hyperparameters, jitter)
+                at_scans, _ = surrogate.posterior(problem.scanned, every, problem.scanned, hyperparameters, jitter)
+                belief = _Belief(
+                    targets.mean + targets.scale * mean,
+                    targets.scale * sd,
+                    float(targets.mean + targets.scale * at_scans.max()),
+                    targets.scale,
+                    hyperparameters,
+                )
+                if not (np.isfinite(belief.mean).all() and np.isfinite(belief.sd).all()):
+                    raise surrogate.FitFailed("the posterior is not finite in the units of the value")
             except surrogate.FitFailed as error:
-                failed = str(error)
-                continue
-            mean, sd = targets.mean + targets.scale * mean, targets.scale * sd
-            if np.isfinite(mean).all() and np.isfinite(sd).all():
-                notes = [note, failed and f"default hyper-parameters with jitter: {failed}"]
-                belief = _Belief(mean, sd, float(mean[problem.which].max()), targets.scale, hyperparameters)
-                return belief, "; ".join(n for n in notes if n) or None
-            failed = "the posterior is not finite in the units of the value"
-        return None, f"overview evidence: {failed}"
-
-    def _prior(self, problem: _Problem, targets: Targets, prefix: int) -> tuple[Prior, str | None]:
-        """Stage 2's prior over the windows, and what was given up to make it.
-
-        The expected slope r0 is such that windows of typical evidence would hold nothing: mean value over mean
-        evidence above the median, of the first ``prefix`` sub-scans, so that it changes only when the fit does.
-        """
-        from .surrogate import Prior
-
-        n, m = len(problem.which), len(problem.places)
-        mean, covariance, variance = np.zeros(m), np.ones((n, m)), np.ones(m)
-        content, note = self._content(problem)
-        spread = float(content.mean.std())
-        if spread > 1e-9 * float(np.abs(content.mean).max()):
-            seen = content.mean[problem.which[:prefix]]
-            above = float(seen.mean() - np.median(content.mean))
-            slope = 0.5 / spread
-            if above > 0 and targets.mean > 0:
-                steepest = STEEPEST / max(float(seen.std()), 1e-9 * spread)
-                slope = min(targets.mean / targets.scale / above, steepest)
-            mean = slope * (content.mean - seen.mean())
-            covariance += slope**2 * content.covariance[problem.which]
-            variance += slope**2 * content.covariance.diagonal()
-            covariance += np.outer(mean[problem.which], mean / 4)
-            variance += mean**2 / 4
-        for feature in problem.features.T:
-            covariance += np.outer(feature[problem.which], feature / 4)
-            variance += feature**2 / 4
-        return Prior(problem.places, problem.which, mean, covariance, variance), note
-
-    def _content(self, problem: _Problem) -> tuple[Evidence, str | None]:
-        """Stage 1, or the evidence as it is: not asked for, too little of it, too many windows, or the fit failed."""
-        from . import surrogate
-
-        known = np.isfinite(problem.evidence)
-        note = None
-        m = len(problem.places)
-        if self.denoise_overview and known.sum() >= self.n_initial and m <= MAP_LIMIT:
-            p = problem
-            arrays = (p.places, p.evidence, p.evidence_variances, p.window)
-            content = _remembered(_EVIDENCE, arrays, lambda: surrogate.denoise(*arrays))
-            if not isinstance(content, str):
-                return content, None
-            note = f"overview evidence as it is: {content}"
-        plain = np.where(known, problem.evidence, problem.evidence[known].mean() if known.any() else 0.0)
-        return surrogate.Evidence(plain, np.broadcast_to(0.0, (m, m))), note
+                fallback = str(error)
+            else:
+                return belief, None if fallback is None else f"default hyper-parameters with jitter: {fallback}"
+        return None, f"overview evidence: {fallback}"
 
     def _without_surrogate(
         self,
@@ -280,64 +224,45 @@ def _fit_size(n: int) -> int:
     of two, at most LARGEST_FIT. A function of n alone, so that a resumed session refits at the same steps."""
     if n <= REFIT_EVERY_STEP_UNTIL:
         return n
-    from .surrogate import LARGEST_FIT
-
     return min(1 << (n.bit_length() - 1), LARGEST_FIT)
 
 
-def _remembered(
-    store: OrderedDict[bytes, Result | str], arrays: tuple[Floats, ...], make: Callable[[], Result]
-) -> Result | str:
-    """What ``make`` gives for these arrays, computed once; as text why it failed."""
-    from .surrogate import FitFailed
-
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(repr(array.shape).encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    key = digest.digest()
-    if key not in store:
-        try:
-            store[key] = make()
-        except FitFailed as error:
-            store[key] = str(error)
-        if len(store) > FITS_KEPT:
-            store.popitem(last=False)
-    return store[key]
-
-
-def _fitted(prior: Prior, targets: Targets, window: Floats) -> Hyperparameters | str:
-    """The fit to these observations, computed once; as text why it failed."""
+def _fitted(design: Design, targets: Targets, window: Floats) -> Hyperparameters | str:
+    """The fit to these observations, remembered; as text why there is none."""
     from . import surrogate
 
-    seen = prior.which
-    arrays = (
-        prior.places[seen],
-        prior.mean[seen],
-        prior.covariance[:, seen],
-        targets.values,
-        targets.variances,
-        window,
-    )
-    return _remembered(_FITS, arrays, lambda: surrogate.fit(prior, targets, window))
+    digest = hashlib.sha256(repr((design.evidence.shape, window.tolist())).encode())
+    for array in (design.places, design.evidence, targets.values, targets.variances):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    key = digest.digest()
+    if key not in _FITS:
+        try:
+            _FITS[key] = surrogate.fit(design, targets, window)
+        except surrogate.FitFailed as error:
+            _FITS[key] = str(error)
+        if len(_FITS) > FITS_KEPT:
+            _FITS.popitem(last=False)
+    return _FITS[key]
 
 
 def _problem(history: History, candidates: Sequence[ScanRegion], cheap: Floats, features: tuple[str, ...]) -> _Problem:
-    """The history as arrays. Sub-scans off the grid are left out: the overview has no evidence for them."""
+    from .surrogate import Design
+
     low, size = extent_nm(candidates)
-    columns = [
-        _standard(np.array([o.features.get(name, np.nan) for o in history.overview]))
-        for name in features
-        if history.overview
-    ]
-    rows = [(o, i) for o, i in zip(history.scans, history.scanned, strict=True) if o.value is not None and i >= 0]
+    columns = [cheap] if history.overview else []
+    columns += [np.array([o.features.get(name, np.nan) for o in history.overview]) for name in features]
+    of_windows = np.stack([_standard(column) for column in columns], axis=1) if columns and history.overview else None
+    if of_windows is None:
+        of_windows = np.zeros((len(candidates), 0))
+    rows = [(o, i) for o, i in zip(history.scans, history.scanned, strict=True) if o.value is not None]
+    of_scans = np.zeros((len(rows), of_windows.shape[1]))
+    for row, (_, index) in enumerate(rows):
+        if index >= 0:
+            of_scans[row] = of_windows[index]
     return _Problem(
-        places=(centres_nm(candidates) - low) / size,
-        window=np.array(candidates[0].fov_nm) / size,
-        evidence=cheap,
-        evidence_variances=np.array([o.variance or 0.0 for o in history.overview], dtype=np.float64),
-        features=np.array(columns).reshape(len(columns), len(candidates)).T,
-        which=np.array([i for _, i in rows], dtype=np.intp),
+        windows=Design((centres_nm(candidates) - low) / size, of_windows),
+        window_size=np.array(candidates[0].fov_nm) / size,
+        scanned=Design((centres_nm([o.region for o, _ in rows]) - low) / size, of_scans),
         values=np.array([o.value for o, _ in rows], dtype=np.float64),
         variances=np.array([o.variance or 0.0 for o, _ in rows], dtype=np.float64),
     )

@@ -59,14 +59,17 @@ def extent_nm(candidates: Sequence[ScanRegion]) -> tuple[Floats, Floats]:
     return low, corners.max(axis=0) - low
 
 
-def round_relative(values: Floats, scale: float = 0.0) -> Floats:
-    """``values`` rounded to 20 binary digits (1e-6 relative), where magnitudes below ``scale`` count as ``scale``.
+def round_significant(values: Floats, scale: float = 0.0) -> Floats:
+    """``values`` rounded to 6 significant digits, where magnitudes below ``scale`` count as ``scale``.
 
-    Differences below that are rounding noise of the linear algebra and must never decide. Powers of two, so that the
-    rounding itself is exact. -inf stays.
+    Differences below that are rounding noise of the linear algebra and must never decide. -inf stays.
     """
-    exponent = np.frexp(np.maximum(np.abs(values), scale))[1] - 20
-    return np.asarray(np.where(np.isfinite(values), np.ldexp(np.rint(np.ldexp(values, -exponent)), exponent), values))
+    rounded = np.array(values, dtype=np.float64)
+    magnitude = np.maximum(np.abs(rounded), scale)
+    live = np.isfinite(rounded) & (magnitude > 0)
+    unit = 10.0 ** (np.floor(np.log10(magnitude[live])) - 5)
+    rounded[live] = np.rint(rounded[live] / unit) * unit
+    return rounded
 
 
 def significant(value: float) -> float:
@@ -77,7 +80,7 @@ def significant(value: float) -> float:
 def best_index(scores: Floats, allowed: Indices, scale: float = 0.0) -> int:
     """The candidate of ``allowed`` with the highest score [n], after rounding to 1e-6 relative; the lowest index wins
     a tie."""
-    return int(allowed[int(np.argmax(round_relative(scores[allowed], scale)))])
+    return int(allowed[int(np.argmax(round_significant(scores[allowed], scale)))])
 
 
 def policy_stream(seed: int, *step: int) -> np.random.Generator:

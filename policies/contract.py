@@ -3,14 +3,13 @@
     class TestMine(PolicyContract):
         policy = MyPolicy()
 
-pytest collects the inherited tests. A policy is pure: everything that it may know is in the
+pytest collects the inherited tests; they need Hypothesis. A policy is pure: everything that it may know is in the
 arguments of ``decide``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -122,10 +121,3 @@ class PolicyContract:
                 view = history(candidates, order, [float(i**2) for i in order], overview)
                 order.append(self.chosen(view, candidates))
             assert sorted(order) == list(range(12))
-
-    def test_a_region_off_the_grid_is_survived(self) -> None:
-        """What a human scanned beside the grid has index -1; it may count or not, but never as a candidate."""
-        candidates = windows(3, 3)
-        view = history(candidates, [1, 5, 6, 8], [2.0, 1.0, 7.0, 3.0], [float(i) for i in range(9)])
-        view = replace(view, scanned=(1, -1, 6, -1))
-        assert view.feasible[self.chosen(view, candidates)]

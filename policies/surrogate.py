@@ -1,16 +1,11 @@
 """The Gaussian process behind the learned policy: fitted by BoTorch, evaluated by one Cholesky factor.
 
-Two stages, each exact given its hyper-parameters (autoregressive co-kriging, Kennedy & O'Hagan 2000,
-doi 10.1093/biomet/87.1.1, eq. 1), with u the window's centre scaled to [0, 1]^2:
+Model, for standardised values y of windows at u (centre scaled to [0, 1]^2) with standardised overview evidence e [d]:
 
-1. the overview's evidence of all windows is e = f + noise, f = constant + Matern-5/2(u) + white, the noise's variance
-   known. It gives every window the mean m and the covariance C of f: evidence whose noise is averaged out between
-   neighbours, as far as neighbours agree.
-2. the sub-scans' standardised values are y = a + r (m - m0) + r0 (f - m) + b.x + g + noise, where a ~ N(0, 1), the
-   slope r ~ N(r0, (r0 / 2)^2), the weights of further features x b ~ N(0, 1/4), and g = Matern-5/2(u).
+    y = a + b.e + f(u) + noise,   a ~ N(0, 1),  b ~ N(b0, s_b^2),  f ~ GP(0, s_f^2 Matern-5/2 ARD)
 
-So the relation of evidence and target is learned from the sub-scans with its uncertainty, its sign free, without a new
-fit; only length scales, the variance of g and the noise are fitted.
+so that the relation of evidence and target (METHODS: overview as prior mean) is learned from the sub-scans with its
+uncertainty, its sign free, and never needs a new fit; only length scales, s_f and the noise are fitted.
 
 This module imports torch; import it inside functions only.
 """
@@ -20,8 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import botorch
 import numpy as np
@@ -30,7 +24,7 @@ from botorch.exceptions.warnings import OptimizationWarning
 from botorch.models import SingleTaskGP
 from botorch.optim.fit import fit_gpytorch_mll_scipy
 from gpytorch.constraints import GreaterThan
-from gpytorch.kernels import Kernel, MaternKernel, ScaleKernel
+from gpytorch.kernels import ConstantKernel, Kernel, LinearKernel, MaternKernel, ScaleKernel
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
 from gpytorch.means import Mean
 from gpytorch.mlls import ExactMarginalLogLikelihood
@@ -38,16 +32,16 @@ from gpytorch.priors import LogNormalPrior
 from gpytorch.utils.warnings import NumericalWarning
 from linear_operator.utils.errors import NanError, NotPSDError
 
-from .choosing import Floats, Indices
+from .choosing import Floats
+
+SLOPE = 0.5
+"""Prior mean and standard deviation of the slope of the first evidence column, standardised (a choice: the evidence
+is expected to be right, and may turn out to be worthless or wrong)."""
 
 NOISE_FLOOR = 1e-4
 """Smallest variance of an observation, standardised; keeps repeated windows from making the matrix singular."""
 
 MAX_ITERATIONS = 40
-LARGEST_FIT = 256
-"""Hyper-parameters come from at most this many of the first observations: more cost time and change little."""
-
-Tensor = torch.Tensor
 
 
 class FitFailed(Exception):
@@ -65,6 +59,18 @@ class Hyperparameters:
 
 
 @dataclass(frozen=True)
+class Design:
+    """What is known of n windows: places [n, 2] in units of the field, standardised evidence [n, d]."""
+
+    places: Floats
+    evidence: Floats
+
+    def first(self, n: int) -> Design:
+        """The first n windows."""
+        return Design(self.places[:n], self.evidence[:n])
+
+
+@dataclass(frozen=True)
 class Targets:
     """Standardised values [n] and their variances [n]; ``mean`` and ``scale`` undo the standardisation."""
 
@@ -72,23 +78,6 @@ class Targets:
     variances: Floats
     mean: float
     scale: float
-
-
-@dataclass(frozen=True)
-class Prior:
-    """What is believed of M windows before anything is seen at n of them, numbered ``which`` [n]: ``places`` [M, 2] in
-    units of the field; in standardised units the ``mean`` [M], and of all but the fitted field g the ``covariance``
-    [n, M] between the n and all, and the ``variance`` [M]."""
-
-    places: Floats
-    which: Indices
-    mean: Floats
-    covariance: Floats
-    variance: Floats
-
-    def first(self, n: int) -> Prior:
-        """The same for the first n of ``which``."""
-        return replace(self, which=self.which[:n], covariance=self.covariance[:n])
 
 
 def standardise(values: Floats, variances: Floats) -> Targets:
@@ -101,7 +90,7 @@ def standardise(values: Floats, variances: Floats) -> Targets:
 
 
 def rescale(values: Floats, variances: Floats, mean: float, scale: float) -> Targets:
-    """Targets by a given mean and scale. Raises FitFailed on overflow."""
+    """Targets by a given mean and scale. Raises FitFailed when that overflows."""
     with np.errstate(all="ignore"):
         targets = Targets((values - mean) / scale, np.maximum(variances / scale**2, NOISE_FLOOR), mean, scale)
     if not (np.isfinite(targets.values).all() and np.isfinite(targets.variances).all()):
@@ -125,36 +114,24 @@ def default_hyperparameters(window: Floats) -> Hyperparameters:
     return Hyperparameters(float(window[0]), float(window[1]), 0.3, 0.1)
 
 
-class _KnownMean(Mean):  # type: ignore[misc]  # gpytorch has no type stubs
-    """Prior mean looked up by the third input column (inputs [..., n, 3], output [..., n])."""
+class _EvidenceMean(Mean):  # type: ignore[misc]  # gpytorch has no type stubs
+    """Prior mean b0 e of the first evidence column (inputs [..., n, 2 + d], output [..., n])."""
 
-    def __init__(self, mean: Floats) -> None:
+    def __init__(self, slope: float) -> None:
         super().__init__()
-        self.register_buffer("known", torch.from_numpy(mean))
+        self.slope = slope
 
-    def forward(self, x: Tensor) -> Any:
-        return self.known[x[..., 2].long()]
-
-
-class _KnownKernel(Kernel):  # type: ignore[misc]  # gpytorch has no type stubs
-    """Covariance looked up by the third input column (inputs [..., n, 3] and [..., m, 3], output [..., n, m])."""
-
-    def __init__(self, covariance: Floats) -> None:
-        super().__init__()
-        self.register_buffer("known", torch.from_numpy(covariance))
-
-    def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **_: object) -> Any:
-        rows, columns = x1[..., 2].long(), x2[..., 2].long()
-        return self.known[rows, columns] if diag else self.known[rows[..., :, None], columns[..., None, :]]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] == 2:
+            return torch.zeros_like(x[..., 0])
+        return self.slope * x[..., 2]
 
 
-def build_model(prior: Prior, targets: Targets, window: Floats) -> SingleTaskGP:
-    """The BoTorch model of ``targets`` seen at the n windows of ``prior``, at its prior medians, ready to be fitted.
-
-    Inputs [n, 3]: x, y in units of the field, and 0 ... n - 1, by which mean and covariance are looked up.
-    """
+def build_model(design: Design, targets: Targets, window: Floats) -> SingleTaskGP:
+    """The BoTorch model at its prior medians, ready to be fitted."""
     start = default_hyperparameters(window)
-    width = torch.from_numpy(window)
+    columns = np.hstack([design.places, design.evidence])
+    width = torch.tensor(window, dtype=torch.float64)
     matern = MaternKernel(
         nu=2.5,
         ard_num_dims=2,
@@ -167,33 +144,37 @@ def build_model(prior: Prior, targets: Targets, window: Floats) -> SingleTaskGP:
         outputscale_prior=LogNormalPrior(np.log(start.signal_variance), 1.0),
         outputscale_constraint=GreaterThan(1e-6),
     )
+    constant = ConstantKernel()
+    kernel: Kernel = field_kernel + constant
+    if design.evidence.shape[1]:
+        linear = LinearKernel(active_dims=tuple(range(2, columns.shape[1])))
+        kernel = kernel + linear
     likelihood = FixedNoiseGaussianLikelihood(
-        torch.from_numpy(targets.variances),
+        torch.tensor(targets.variances),
         learn_additional_noise=True,
         noise_prior=LogNormalPrior(np.log(start.noise_variance), 1.5),
         noise_constraint=GreaterThan(1e-6),
     )
     model = SingleTaskGP(
-        torch.from_numpy(np.column_stack([prior.places[prior.which], np.arange(len(prior.which), dtype=np.float64)])),
-        torch.from_numpy(targets.values)[:, None],
+        torch.tensor(columns),
+        torch.tensor(targets.values)[:, None],
         likelihood=likelihood,
-        covar_module=field_kernel + _KnownKernel(prior.covariance[:, prior.which]),
-        mean_module=_KnownMean(prior.mean[prior.which]),
+        covar_module=kernel,
+        mean_module=_EvidenceMean(SLOPE),
         outcome_transform=None,
     ).double()
-    set_hyperparameters(model, start)
+    matern.lengthscale = width
+    field_kernel.outputscale = start.signal_variance
+    likelihood.second_noise = start.noise_variance
+    constant.constant = torch.ones(1, dtype=torch.float64)
+    constant.raw_constant.requires_grad_(False)
+    if design.evidence.shape[1]:
+        linear.variance = SLOPE**2
+        linear.raw_variance.requires_grad_(False)
     return model
 
 
-def set_hyperparameters(model: SingleTaskGP, p: Hyperparameters) -> None:
-    """Put ``p`` into a model of ``build_model``."""
-    field_kernel = model.covar_module.kernels[0]
-    field_kernel.base_kernel.lengthscale = torch.tensor([p.length_x, p.length_y], dtype=torch.float64)
-    field_kernel.outputscale = torch.tensor(p.signal_variance, dtype=torch.float64)
-    model.likelihood.second_noise = torch.tensor(p.noise_variance, dtype=torch.float64)
-
-
-def fit(prior: Prior, targets: Targets, window: Floats) -> Hyperparameters:
+def fit(design: Design, targets: Targets, window: Floats) -> Hyperparameters:
     """Most probable hyper-parameters by L-BFGS-B from the prior medians, a bounded number of iterations, no restarts:
     deterministic. Raises FitFailed."""
     try:
@@ -201,11 +182,11 @@ def fit(prior: Prior, targets: Targets, window: Floats) -> Hyperparameters:
             # Jitter on the way and a spent iteration limit are part of the plan; the end point is checked below.
             warnings.simplefilter("ignore", NumericalWarning)
             warnings.simplefilter("ignore", OptimizationWarning)
-            model = build_model(prior, targets, window)
+            model = build_model(design, targets, window)
             mll = ExactMarginalLogLikelihood(model.likelihood, model)
             fit_gpytorch_mll_scipy(mll, options={"maxiter": MAX_ITERATIONS})
     except (NanError, NotPSDError, ValueError, RuntimeError) as error:
-        raise FitFailed(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
+        raise FitFailed(f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}") from error
     field_kernel = model.covar_module.kernels[0]
     lengths = field_kernel.base_kernel.lengthscale.detach().reshape(-1)
     found = Hyperparameters(
@@ -219,59 +200,46 @@ def fit(prior: Prior, targets: Targets, window: Floats) -> Hyperparameters:
     return found
 
 
-def matern(a: Floats, b: Floats, p: Hyperparameters) -> Tensor:
-    """Covariance [n, m] of the fitted field between places [n, 2] and [m, 2] (Matern, smoothness 5/2)."""
+def _covariance(a: Design, b: Design, p: Hyperparameters) -> torch.Tensor:
+    """Prior covariance [n, m] of a + b.e + f(u)."""
     lengths = torch.tensor([p.length_x, p.length_y], dtype=torch.float64)
-    gap = 5**0.5 * torch.cdist(
-        torch.from_numpy(a) / lengths, torch.from_numpy(b) / lengths, compute_mode="donot_use_mm_for_euclid_dist"
+    gap = (
+        torch.cdist(
+            torch.from_numpy(a.places) / lengths,
+            torch.from_numpy(b.places) / lengths,
+            compute_mode="donot_use_mm_for_euclid_dist",
+        )
+        * 5**0.5
     )
-    return p.signal_variance * (1 + gap + gap**2 / 3) * torch.exp(-gap)
+    matern = p.signal_variance * (1 + gap + gap**2 / 3) * torch.exp(-gap)
+    return 1 + matern + SLOPE**2 * torch.from_numpy(a.evidence) @ torch.from_numpy(b.evidence).T
 
 
-def posterior(prior: Prior, targets: Targets, p: Hyperparameters, jitter: float = 0.0) -> tuple[Floats, Floats]:
-    """Standardised posterior mean [M] and standard deviation [M] of the noise-free value of every window, given the
-    ``targets`` [n]; ``jitter`` is added to the diagonal of their covariance. Raises FitFailed."""
+def _prior_mean(design: Design) -> torch.Tensor:
+    if design.evidence.shape[1] == 0:
+        return torch.zeros(len(design.places), dtype=torch.float64)
+    return SLOPE * torch.from_numpy(design.evidence[:, 0])
+
+
+def posterior(
+    train: Design, targets: Targets, at: Design, p: Hyperparameters, jitter: float = 0.0
+) -> tuple[Floats, Floats]:
+    """Standardised posterior mean [m] and standard deviation [m] of the noise-free value at the windows ``at``.
+
+    ``jitter`` is added to the diagonal of the covariance of the n observations. Raises FitFailed.
+    """
     with single_thread():
-        cross = matern(prior.places[prior.which], prior.places, p) + torch.from_numpy(prior.covariance)
         noise = torch.from_numpy(targets.variances) + p.noise_variance + jitter
-        residual = torch.from_numpy(targets.values - prior.mean[prior.which])
-        white = _whitened(cross[:, prior.which] + torch.diag(noise), cross, residual)
-        mean = prior.mean + (white[:, :-1].T @ white[:, -1]).numpy()
-        variance = prior.variance + p.signal_variance - (white[:, :-1] ** 2).sum(dim=0).numpy()
+        factor, info = torch.linalg.cholesky_ex(_covariance(train, train, p) + torch.diag(noise))
+        if int(info) != 0:
+            raise FitFailed("the covariance matrix is not positive definite")
+        cross = torch.linalg.solve_triangular(factor, _covariance(train, at, p), upper=False)
+        residual = torch.from_numpy(targets.values) - _prior_mean(train)
+        white = torch.linalg.solve_triangular(factor, residual[:, None], upper=False)[:, 0]
+        mean = (_prior_mean(at) + cross.T @ white).numpy()
+        prior = 1 + p.signal_variance + SLOPE**2 * (at.evidence**2).sum(axis=1)
+        variance = prior - (cross**2).sum(dim=0).numpy()
     sd = np.sqrt(np.maximum(variance, 0.0))
     if not (np.isfinite(mean).all() and np.isfinite(sd).all()):
         raise FitFailed("the posterior is not finite")
     return mean, sd
-
-
-def _whitened(between: Tensor, cross: Tensor, residual: Tensor) -> Any:
-    """L^-1 [cross, residual] [n, M + 1], L the Cholesky factor of ``between`` [n, n]. Raises FitFailed."""
-    factor, info = torch.linalg.cholesky_ex(between)
-    if int(info) != 0:
-        raise FitFailed("the covariance matrix is not positive definite")
-    return torch.linalg.solve_triangular(factor, torch.cat([cross, residual[:, None]], dim=1), upper=False)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the overview says of f in M windows, in its own units: ``mean`` [M] and ``covariance`` [M, M]."""
-
-    mean: Floats
-    covariance: Floats
-
-
-def denoise(places: Floats, values: Floats, variances: Floats, window: Floats) -> Evidence:
-    """Stage 1: f given its ``values`` [M] read with ``variances`` [M], NaN where there is none. Raises FitFailed."""
-    known = np.flatnonzero(np.isfinite(values))
-    targets = standardise(values[known], variances[known])
-    m = len(places)
-    first = known[:LARGEST_FIT]
-    flat = Prior(places, first, np.zeros(m), np.ones((len(first), m)), np.ones(m))
-    p = fit(flat, rescale(values[first], variances[first], targets.mean, targets.scale), window)
-    with single_thread():
-        content = matern(places, places, p) + 1 + p.noise_variance * torch.eye(m, dtype=torch.float64)
-        between = content[known][:, known] + torch.diag(torch.from_numpy(targets.variances))
-        white = _whitened(between, content[known], torch.from_numpy(targets.values))
-        mean = (white[:, :-1].T @ white[:, -1]).numpy()
-        covariance = (content - white[:, :-1].T @ white[:, :-1]).numpy()
-    return Evidence(targets.mean + targets.scale * mean, targets.scale**2 * covariance)
