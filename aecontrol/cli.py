@@ -159,9 +159,18 @@ def train_atoms_command(
     json_out: Json = False,
 ) -> None:
     """Train the atom finder on simulated scenes."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     from aecontrol.perception.train import train_from_toml
 
-    card = train_from_toml(config, out)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("training", total=None)
+
+        def show(step: int, steps: int, loss: float) -> None:
+            bar.update(task, completed=step, total=steps, description=f"training, loss {loss:.4f}")
+
+        card = train_from_toml(config, out, show)
     print(json.dumps(card) if json_out else f"{out}: {json.dumps(card.get('metrics', card), indent=1)}")
 
 

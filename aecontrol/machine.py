@@ -311,25 +311,12 @@ def history(state: State) -> History:
         scanned=tuple(scan.candidate for scan in state.scans),
         feasible=feasible,
         charges=charges,
-        remaining_fraction=_remaining(state),
     )
 
 
 @lru_cache(maxsize=4)
 def _bounds(candidates: tuple[ScanRegion, ...], capabilities: Capabilities) -> tuple[Charge, ...]:
     return tuple(bound_charge(region, capabilities) for region in candidates)
-
-
-def _remaining(state: State) -> float:
-    """Smallest remaining fraction of the budgets that are set."""
-    budget, charged = state.plan.budget, state.charged
-    pairs = (
-        (budget.electrons, charged.electrons),
-        (budget.pixels, charged.pixels),
-        (budget.damage, charged.damage),
-        (budget.seconds, charged.seconds),
-    )
-    return min((max(0.0, 1 - spent / limit) for limit, spent in pairs if limit), default=1.0)
 
 
 def next_command(state: State) -> Command | None:

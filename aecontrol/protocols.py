@@ -96,7 +96,6 @@ class History:
     scanned: tuple[int, ...]
     feasible: tuple[bool, ...]
     charges: tuple[Charge, ...]
-    remaining_fraction: float = 1.0
 
 
 @runtime_checkable

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -422,8 +421,3 @@ def _settled(outcome: Outcome) -> Posted | Voided | Indeterminate:
     if outcome.state == "VOID":
         return Voided(key=outcome.key, reason=outcome.reason)
     return Indeterminate(key=outcome.key, digests=outcome.digests, reason=outcome.reason)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """A JSON file, durable."""
-    write_durable(path, json.dumps(value, indent=1).encode())

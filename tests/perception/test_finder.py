@@ -137,7 +137,7 @@ def test_a_window_reads_like_the_same_place_in_a_larger_frame_up_to_its_rim(find
     assert len(window) <= 1.04 * ((truth > 0) & (truth < 96)).all(1).sum()
     rim = inside[~((inside > 5) & (inside < 91)).all(1)]
     assert len(rim) >= 20
-    assert len(pairs(window, rim, 0.06 / pixel)[0]) / len(rim) >= 0.85  # with half its surroundings cut away
+    assert len(pairs(window, rim, 0.06 / pixel)[0]) / len(rim) >= 0.9
 
 
 def test_smallest_window(finder):
