@@ -18,9 +18,10 @@ from pydantic import Field
 from aecontrol.types import Model, NonNegative, Positive
 from aecontrol.units import nm_to_angstrom
 
+from .elements import MASSES_U, NUMBERS, SYMBOLS
 from .fluence import FluenceMap
 from .optics import REST_ENERGY_EV, Optics, velocity_ratio
-from .specimens import MARGIN_NM, SYMBOLS, Specimen
+from .specimens import MARGIN_NM, Specimen
 from .streams import stream
 
 Array = NDArray[np.float64]
@@ -30,8 +31,6 @@ RYDBERG_EV = 13.605693122994
 INVERSE_FINE_STRUCTURE = 137.035999084
 ATOMIC_MASS_EV = 931494102.42
 SPEED_OF_LIGHT_M_S = 299792458.0
-MASSES_U = {"Li": 6.94, "C": 12.011, "N": 14.007, "O": 15.999, "Si": 28.085, "S": 32.06, "Mo": 95.95}
-ATOMIC_NUMBERS = {"Li": 3, "C": 6, "N": 7, "O": 8, "Si": 14, "S": 16, "Mo": 42}
 WORLD_MARGIN_NM = MARGIN_NM + 1.0
 KNOCK_ON, RADIOLYSIS = 0, 1
 
@@ -85,7 +84,7 @@ def knock_on_barn(symbol: str, threshold_eV: float, voltage_kV: float, transfer_
     x = threshold / transfer <= 1, a = Z / 137.036, b = v/c; zero for x > 1 (W. A. McKinley and H. Feshbach, Phys. Rev.
     74, 1759 (1948), integrated over angles).
     """
-    number = ATOMIC_NUMBERS[symbol]
+    number = NUMBERS[symbol]
     b = velocity_ratio(voltage_kV)
     pi_a_b = math.pi * number / INVERSE_FINE_STRUCTURE * b
     x = np.minimum(threshold_eV / np.maximum(transfer_eV, 1e-12), 1.0)

@@ -41,7 +41,7 @@ def test_no_policy_or_perceiver_names_truth_or_an_instrument(folder):
         "drivers, drivers.instrument, drivers.simulated, drivers.recorded, drivers.contract",
         "policies.baselines, policies.bayes",
         "aecontrol.perception.perceiver",
-        "simulators.specimens, simulators.scenes",
+        "simulators.specimens.sheets, simulators.scenes",
     ],
 )
 def test_importing_is_light(modules):

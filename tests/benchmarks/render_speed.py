@@ -11,7 +11,7 @@ from aecontrol.types import ScanRegion
 from simulators.optics import Optics
 from simulators.render import HaadfRenderer
 from simulators.scan import ScanModel
-from simulators.specimens import Mos2
+from simulators.specimens.sheets import Mos2
 
 BAR_S = 0.3
 REPEATS = 15

@@ -11,7 +11,8 @@ from aecontrol.types import ScanRegion
 from simulators.optics import Optics
 from simulators.render import HaadfRenderer
 from simulators.scan import Detector, ScanModel
-from simulators.specimens import Mos2, Specimen, SulphurVacancies
+from simulators.specimens import Specimen
+from simulators.specimens.sheets import Mos2, SulphurVacancies
 
 RENDERER = HaadfRenderer(Optics())
 FULL_DOSE = 3e4

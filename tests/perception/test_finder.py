@@ -81,7 +81,7 @@ def mos2_frame(seed, s2_counts, size_nm=8.0, pixels=256):
     from simulators.optics import Optics
     from simulators.render import HaadfRenderer
     from simulators.scan import nominal_positions_nm
-    from simulators.specimens import Mos2, SulphurVacancies
+    from simulators.specimens.sheets import Mos2, SulphurVacancies
 
     vacancies = SulphurVacancies(background_fraction=0.06)
     specimen = Mos2(size_nm=(size_nm, size_nm), rotation_deg=11.0 + 17 * seed, vacancies=vacancies).build(seed)

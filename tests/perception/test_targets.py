@@ -12,7 +12,7 @@ from aecontrol.perception import targets
 from aecontrol.perception.lattice import LatticeHint
 from aecontrol.perception.targets import CrystalReading, missing_atom_evidence, read_crystal, report
 from aecontrol.types import ATOM_LABELS, ScanRegion
-from simulators.specimens import SulphurVacancies
+from simulators.specimens.sheets import SulphurVacancies
 
 from .mos2_frames import (
     CLUSTER,

@@ -10,7 +10,7 @@ from simulators.damage import Damage
 from simulators.optics import Optics
 from simulators.render import HaadfRenderer
 from simulators.scan import Detector, ScanModel, nominal_positions_nm
-from simulators.specimens import Mos2
+from simulators.specimens.sheets import Mos2
 
 CURRENT_PA = 50.0
 FRAGILE = Damage(critical_fluence_e_per_A2={"S": 2e3}, radiolysis_removes=0.5)

@@ -18,7 +18,7 @@ from simulators.damage import (
 )
 from simulators.fluence import FluenceMap
 from simulators.optics import Optics, velocity_ratio, wavelength_A
-from simulators.specimens import Graphene, Mos2, SulphurVacancies
+from simulators.specimens.sheets import Graphene, Mos2, SulphurVacancies
 
 from .oracles import round_kernel
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from simulators.optics import Optics, wavelength_A
 from simulators.render import POTENTIAL_WIDTH_A, HaadfRenderer
-from simulators.specimens import Mos2
+from simulators.specimens.sheets import Mos2
 
 from .oracles import round_kernel
 

@@ -9,7 +9,8 @@ from scipy.spatial import cKDTree
 from scipy.stats import binom
 
 from aecontrol.errors import BadInput
-from simulators.specimens import MARGIN_NM, Graphene, Mos2, SulphurVacancies
+from simulators.specimens import MARGIN_NM
+from simulators.specimens.sheets import Graphene, Mos2, SulphurVacancies
 
 PERFECT = SulphurVacancies(background_fraction=0.0, n_clusters=0)
 
