@@ -25,21 +25,31 @@ _EDGE_NM = 1e-6  # rounding of a region that was computed to end exactly at the 
 def bound_charge(region: ScanRegion, capabilities: Capabilities) -> Charge:
     """The most that exposing ``region`` can cost on this instrument (current x time x (1 + tolerance),
     flyback where the beam is not blanked, blanker latency; rounded up to whole electrons)."""
-    rows = region.shape[0]
-    beam_on_s = region.pixels * region.dwell_time_s + capabilities.blanker_latency_s
-    if capabilities.beam_on_in_flyback:
-        beam_on_s += rows * capabilities.flyback_s
-    seconds = region.pixels * region.dwell_time_s + rows * capabilities.flyback_s + capabilities.blanker_latency_s
+    dwell_s = region.pixels * region.dwell_time_s
+    flyback_s = region.shape[0] * capabilities.flyback_s
+    back_s = flyback_s if capabilities.beam_on_in_flyback else 0.0
+    seconds = dwell_s + flyback_s + capabilities.blanker_latency_s
     if capabilities.beam_current_pA is None:
         return Charge(electrons=None, pixels=region.pixels, seconds=seconds)
     rate = electrons_per_second(capabilities.beam_current_pA) * (1 + capabilities.current_tolerance)
-    electrons = math.ceil(rate * beam_on_s)
+    parked = rate * capabilities.blanker_latency_s
     return Charge(
-        electrons=electrons,
+        electrons=math.ceil(rate * (dwell_s + back_s) + parked),
         pixels=region.pixels,
-        peak_fluence_e_per_A2=tile_fluence(region, electrons),
+        peak_fluence_e_per_A2=tile_fluence(region, math.ceil(rate * dwell_s))
+        + fluence_e_per_A2(rate * back_s * _way_back_share(region) + parked, TILE_NM**2),
         seconds=seconds,
     )
+
+
+def _way_back_share(region: ScanRegion) -> float:
+    """Largest share of the electrons of all ways back (straight and steady, one a line) that one tile can get: that
+    many ways can cross it, each over no more than its diagonal."""
+    diagonal = math.sqrt(2.0) * TILE_NM
+    crossing = min(region.shape[0], math.floor(diagonal / region.pixel_size_nm[1]) + 2)
+    way = region.fov_nm[0] - region.pixel_size_nm[0]
+    each = 1.0 if way <= diagonal else diagonal / way
+    return crossing * each / region.shape[0]
 
 
 def tile_fluence(region: ScanRegion, electrons: int) -> float:

@@ -152,7 +152,7 @@ class Instrument:
             measured = entry.bound
         assert measured is not None
         assert entry.region is not None
-        electrons = None if measured.electrons is None else measured.electrons / entry.region.pixels
+        electrons = None if measured.electrons is None else measured.electrons * self._dwell_share(entry.region)
         return FrameData(channels, float(meta["started_s"]), electrons, flags)
 
     def acknowledge(self, key: str) -> None:
@@ -178,6 +178,14 @@ class Instrument:
         return Truth(targets=found[0], labels=tuple(found[1]), electrons_delivered=delivered)
 
     # ------------------------------------------------------------ inside
+
+    def _dwell_share(self, region: ScanRegion) -> float:
+        """The part of an exposure's electrons that falls on one pixel while it is read."""
+        known = self._capabilities
+        beam_on_s = region.pixels * region.dwell_time_s + known.blanker_latency_s
+        if known.beam_on_in_flyback:
+            beam_on_s += (region.shape[0] - 1) * known.flyback_s
+        return region.dwell_time_s / beam_on_s
 
     def _write(self, record: LedgerRecord) -> None:
         self._journal.append(record.model_dump_json(exclude_defaults=True))

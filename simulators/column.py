@@ -1,7 +1,7 @@
-"""The simulated column: a specimen larger than the field, a beam, a detector and a clock, as one object that fires.
+"""The simulated column: a specimen larger than the field, a beam, detectors and a clock, as one object that fires.
 
 Its state is a pure function of the settings, the seed and the list of exposures: a column that *absorbs* what an
-earlier process fired is bit for bit in the state that firing would have left. The beam is blanked between lines.
+earlier process fired is bit for bit in the state that firing would have left.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecontrol.types import ScanRegion
-from aecontrol.units import angstrom_to_nm, electrons_per_second, nm_to_angstrom
+from aecontrol.units import electrons_per_second, nm_to_angstrom
 
+from .cells import CellIndex
 from .damage import Damage, DamagedSpecimen, Event
+from .detector import Detector, check_detectors
 from .optics import Optics
-from .render import CHANNELS, HaadfRenderer, Validity
-from .scan import Detector, ScanModel
+from .render import MARGIN_A, Images, Renderer, Validity
+from .scan import BeamPath, ScanModel, nominal_positions_nm
+from .scattering import Contrast
 from .specimens import TARGET_KINDS, Specimen
 from .streams import stream
 
 Array = NDArray[np.float64]
+State = tuple[NDArray[np.bool_], Array]
 CURRENT_FLUCTUATION = 0.01
 CURRENT_LIMIT = 0.04
 """Largest relative deviation of the true current from the declared one; inside the 5 % that controllers assume."""
@@ -34,6 +38,9 @@ LINE_BLOCKS = 64
 """Damage shows from the next of this many line blocks of a frame on; the meter is read after each block."""
 TILE_NM = 1.0
 TILE_MARGIN = 2
+CELL_A = 20.0
+DISPLACED_A = 10.0
+"""Atoms are looked for this far from where they were born."""
 
 LineBlockHook = Callable[[int, int], None]
 
@@ -48,8 +55,9 @@ class SpecimenConfig(Protocol):
 @dataclass(frozen=True)
 class Pulse:
     """What one exposure delivered. ``channels`` name -> float32 [rows, cols] detector output; ``electrons`` delivered,
-    exactly; ``pixels`` exposed; ``seconds`` from the first pixel to the last, flybacks included; ``started_s`` column
-    clock at the first pixel; ``flags`` what is wrong with the frame ('saturated'); ``validity`` of the image model."""
+    exactly; ``pixels`` exposed; ``seconds`` from the first pixel until the beam was blanked; ``started_s`` column clock
+    at the first pixel; ``flags`` what is wrong with the frame ('saturated'); ``validity`` of the image model by
+    channel."""
 
     channels: Mapping[str, NDArray[np.float32]]
     electrons: int
@@ -57,7 +65,17 @@ class Pulse:
     seconds: float
     started_s: float
     flags: tuple[str, ...]
-    validity: Validity
+    validity: Mapping[str, Validity]
+
+
+@dataclass(frozen=True)
+class ColumnTruth:
+    """What is really there, for scoring only. ``specimen`` as it is now, labels and all; ``electrons`` delivered;
+    ``events``: what the beam changed, each with fluence and time."""
+
+    specimen: Specimen
+    electrons: int
+    events: tuple[Event, ...]
 
 
 class SimulatedColumn:
@@ -69,21 +87,28 @@ class SimulatedColumn:
         specimen: SpecimenConfig,
         optics: Optics,
         scan: ScanModel,
-        detector: Detector,
+        detectors: Mapping[str, Detector],
         damage: Damage,
         beam_current_pA: float,
         seed: int,
+        contrast: Contrast | None = None,
         on_line_block: LineBlockHook | None = None,
+        device: str = "cpu",
     ) -> None:
+        check_detectors(detectors)
+        annuli = {name: detector.annulus for name, detector in detectors.items()}
+        self._renderer = Renderer(optics, annuli, contrast, device=device)
         self._born = specimen.build(seed)
+        self._index = CellIndex(self._born.positions_A[:, :2], CELL_A)
         self._body = DamagedSpecimen(self._born, damage, optics, seed)
-        self._scan, self._detector = scan, detector
-        self._renderer = HaadfRenderer(optics)
+        self._scan, self._detectors = scan, dict(detectors)
         self._electrons_per_second = electrons_per_second(beam_current_pA)
         self._seed = seed
         self.on_line_block = on_line_block
         self.clock_s = 0.0
+        self._charge = 0.0
         self._meter = 0
+        self._events: list[Event] = []
         width, height = self.field_nm
         self._tiles = np.zeros((math.ceil(height) + 2 * TILE_MARGIN, math.ceil(width) + 2 * TILE_MARGIN))
 
@@ -95,7 +120,7 @@ class SimulatedColumn:
     @property
     def channels(self) -> tuple[str, ...]:
         """Detector channels."""
-        return CHANNELS
+        return tuple(self._detectors)
 
     @property
     def meter(self) -> int:
@@ -104,21 +129,27 @@ class SimulatedColumn:
 
     def fire(self, ordinal: int, region: ScanRegion) -> Pulse:
         """Expose ``region`` as shot ``ordinal``. Blocks; not repeatable: every call delivers again."""
-        started_s = self.clock_s
+        started_s, charge = self.clock_s, self._charge
         before = self._body.alive.copy(), self._body.positions_A.copy()
         electrons, points_nm, events = self._deliver(ordinal, region)
-        fraction = self._image(region, points_nm, before, events)
-        random = stream(self._seed, "scan-noise", ordinal)
-        signal, saturated = self._detector.read(fraction, electrons / region.pixels, random)
-        thickness_nm = angstrom_to_nm(float(np.ptp(self._born.positions_A[:, 2])))
+        images = self._images(region, points_nm, before, events)
+        lines_s = self._scan.line_starts_s(region)
+        gain = 1.0 + self._scan.charging.gain * self._scan.charging.after(charge, lines_s, beam_on=True)
+        per_pixel = electrons / self._scan.beam_on_s(region) * region.dwell_time_s
+        channels, flags = {}, []
+        for name, detector in self._detectors.items():
+            fraction = (images[name] + np.float32(self._renderer.vacuum[name])) * gain[:, None]
+            random = stream(self._seed, f"scan-noise {name}", ordinal)
+            channels[name], saturated = detector.read(fraction, per_pixel, random)
+            flags += ["saturated"] if saturated >= SATURATED_SHARE and "saturated" not in flags else []
         return Pulse(
-            channels={CHANNELS[0]: signal},
+            channels=channels,
             electrons=electrons,
             pixels=region.pixels,
             seconds=self._scan.frame_s(region),
             started_s=started_s,
-            flags=("saturated",) if saturated >= SATURATED_SHARE else (),
-            validity=self._renderer.validity(thickness_nm, zone_axis=True),
+            flags=tuple(flags),
+            validity=self._renderer.validity(self._born.thickness_nm, self._born.zone_axis),
         )
 
     def absorb(self, ordinal: int, region: ScanRegion) -> None:
@@ -127,7 +158,9 @@ class SimulatedColumn:
 
     def idle(self, seconds: float) -> None:
         """Let time pass with the beam blanked."""
+        self._events += self._body.idle(self.clock_s, self.clock_s + seconds)
         self.clock_s += seconds
+        self._charge = float(self._scan.charging.after(self._charge, seconds, beam_on=False))
 
     def targets(self, kind: str) -> tuple[Array, tuple[str, ...]] | None:
         """True objects of ``kind`` ('vacancy', 'atom') as the column was made: positions [n, 2] nm and labels; None
@@ -137,6 +170,17 @@ class SimulatedColumn:
     def snapshot(self) -> Specimen:
         """The specimen as it is now."""
         return self._born.changed(self._body.alive, self._body.positions_A)
+
+    def truth(self) -> ColumnTruth:
+        """What is really there now, for scoring only."""
+        return ColumnTruth(self.snapshot(), self._meter, tuple(self._events))
+
+    def noiseless(self, region: ScanRegion) -> Images:
+        """What ideal detectors on an ideal scan of ``region`` would see now, fraction of the beam by channel. Nothing
+        is exposed; for scoring only."""
+        points_nm = nominal_positions_nm(region)
+        images = self._atoms(None, self._body.alive, self._body.positions_A, points_nm, region.rotation_rad)
+        return {name: image + np.float32(self._renderer.vacuum[name]) for name, image in images.items()}
 
     def fluence_at_atoms(self) -> Array:
         """Fluence at every site of the specimen [n], probe tails included, e/A^2."""
@@ -152,7 +196,8 @@ class SimulatedColumn:
     def _deliver(self, ordinal: int, region: ScanRegion, watched: bool = True) -> tuple[int, Array, list[Event]]:
         """Put the beam on: electrons, true positions [rows, cols, 2] nm and what changed."""
         electrons = self._electrons(ordinal, region)
-        points_nm = self._scan.positions_nm(region, self.clock_s, self._seed, ordinal)
+        points_nm = self._scan.positions_nm(region, self.clock_s, self._seed, ordinal, self._charge)
+        path = self._scan.beam_path(region, points_nm, self.clock_s, electrons / self._scan.beam_on_s(region))
         rows = region.shape[0]
         block = _block_lines(rows)
         done = 0
@@ -165,58 +210,79 @@ class SimulatedColumn:
                 if watched and self.on_line_block is not None:
                     self.on_line_block(ordinal, so_far)
         finally:
-            delivered = points_nm[:done]
-            self._count_tiles(delivered, electrons / region.pixels)
-            events = self._body.expose(nm_to_angstrom(1.0) * delivered, electrons / region.pixels)
-            self.clock_s += self._scan.frame_s(region) * done / rows
+            delivered = path.lines(done)
+            self._count_tiles(delivered)
+            points_A = nm_to_angstrom(1.0) * delivered.points_nm
+            events = self._body.expose(points_A, delivered.electrons, delivered.times_s)
+            self._events += events
+            seconds = self._scan.frame_s(region) * done / rows
+            self.clock_s += seconds
+            self._charge = float(self._scan.charging.after(self._charge, seconds, beam_on=True))
         return electrons, points_nm, events
 
     def _electrons(self, ordinal: int, region: ScanRegion) -> int:
         """Whole electrons of the shot: the true current wanders about the declared one."""
         wander = CURRENT_FLUCTUATION * stream(self._seed, "beam-current", ordinal).standard_normal()
         current = 1.0 + min(max(wander, -CURRENT_LIMIT), CURRENT_LIMIT)
-        return round(self._electrons_per_second * current * region.pixels * region.dwell_time_s)
+        return round(self._electrons_per_second * current * self._scan.beam_on_s(region))
 
-    def _count_tiles(self, points_nm: Array, electrons_per_point: float) -> None:
-        tile = np.floor(points_nm.reshape(-1, 2) / TILE_NM).astype(np.int64) + TILE_MARGIN
+    def _count_tiles(self, path: BeamPath) -> None:
+        tile = np.floor(path.points_nm / TILE_NM).astype(np.int64) + TILE_MARGIN
         ny, nx = self._tiles.shape
-        inside = np.all((tile >= 0) & (tile < (nx, ny)), axis=1)
+        inside = (tile[:, 0] >= 0) & (tile[:, 0] < nx) & (tile[:, 1] >= 0) & (tile[:, 1] < ny)
         flat = tile[inside, 1] * nx + tile[inside, 0]
-        self._tiles += electrons_per_point * np.bincount(flat, minlength=nx * ny).reshape(ny, nx)
+        self._tiles += np.bincount(flat, weights=path.electrons[inside], minlength=nx * ny).reshape(ny, nx)
 
-    def _image(
-        self, region: ScanRegion, points_nm: Array, before: tuple[NDArray[np.bool_], Array], events: list[Event]
-    ) -> NDArray[np.float32]:
-        """Fraction of the beam scattered at each pixel; a change shows from the line block after it on.
+    def _images(self, region: ScanRegion, points_nm: Array, before: State, events: list[Event]) -> Images:
+        """What the atoms add at each pixel, by channel; a change shows from the line block after it on.
 
         The undamaged image comes first and what has changed is then added block by block, so that not even rounding in
         a line depends on what happens after it.
         """
-        rows, cols = region.shape
+        rows = region.shape[0]
         block = _block_lines(rows)
+        turn = region.rotation_rad
         old_alive, old_A = before
+        images = self._atoms(None, old_alive, old_A, points_nm, turn)
+        if not events:
+            return images
+        per_line = self._scan.points_per_line(region)
         alive, new_A = old_alive.copy(), old_A.copy()
-        probe_A = nm_to_angstrom(1.0) * points_nm
-        image = self._atoms(np.flatnonzero(old_alive), old_A, probe_A, region.rotation_rad)
         changed: set[int] = set()
         coming = 0
         for line in range(block, rows, block):
-            while coming < len(events) and events[coming].point // cols < line:
+            while coming < len(events) and events[coming].point // per_line < line:
                 self._body.apply(events[coming], alive, new_A)
                 changed.add(events[coming].atom)
                 coming += 1
             if not changed:
                 continue
             atoms = np.array(sorted(changed))
-            lines = probe_A[line : line + block]
-            image[line : line + block] += self._atoms(atoms[alive[atoms]], new_A, lines, region.rotation_rad)
-            image[line : line + block] -= self._atoms(atoms[old_alive[atoms]], old_A, lines, region.rotation_rad)
-        return image
+            lines = points_nm[line : line + block]
+            now = self._atoms(atoms, alive, new_A, lines, turn)
+            then = self._atoms(atoms, old_alive, old_A, lines, turn)
+            for name, image in images.items():
+                image[line : line + block] += now[name] - then[name]
+        return images
 
-    def _atoms(self, atoms: NDArray[np.int64], positions_A: Array, probe_A: Array, turn: float) -> NDArray[np.float32]:
-        """Image of some ``atoms`` (indices) at ``positions_A`` of all."""
+    def _atoms(
+        self,
+        atoms: NDArray[np.int64] | None,
+        alive: NDArray[np.bool_],
+        positions_A: Array,
+        points_nm: Array,
+        turn: float,
+    ) -> Images:
+        """Images of the ``atoms`` (indices; None: all within reach) that are ``alive``, at ``positions_A`` of all."""
+        probe_A = nm_to_angstrom(1.0) * points_nm
+        if atoms is None:
+            reach = MARGIN_A + DISPLACED_A
+            flat = probe_A.reshape(-1, 2)
+            low, high = ([pick(flat[:, axis]) for axis in (0, 1)] for pick in (np.min, np.max))
+            atoms = self._index.box(np.asarray(low) - reach, np.asarray(high) + reach)
+        atoms = atoms[alive[atoms]]
         numbers, rms = self._born.atomic_numbers[atoms], self._born.rms_u_A[atoms]
-        return self._renderer.image(positions_A[atoms, :2], numbers, rms, probe_A, turn)
+        return self._renderer.images(positions_A[atoms, :2], numbers, rms, probe_A, turn)
 
 
 def _block_lines(rows: int) -> int:

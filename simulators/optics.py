@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from aecontrol.types import Model, NonNegative, Positive
+from aecontrol.errors import BadInput
+from aecontrol.types import Model, NonNegative
 from aecontrol.units import nm_to_angstrom
 
 REST_ENERGY_EV = 510998.95
@@ -54,26 +56,23 @@ def velocity_ratio(voltage_kV: float) -> float:
 
 
 class Optics(Model):
-    """The probe-forming lens and the annular dark-field detector."""
+    """The probe-forming lens. Aberrations follow the Krivanek-like notation of :func:`aberration_phase`."""
 
-    voltage_kV: Positive = Field(80.0, description="beam voltage, kV")
-    semi_angle_mrad: Positive = Field(30.0, description="convergence semi-angle, mrad")
+    voltage_kV: Annotated[float, Field(ge=10, le=1000)] = Field(80.0, description="beam voltage, kV")
+    semi_angle_mrad: Annotated[float, Field(gt=0, le=100)] = Field(30.0, description="convergence semi-angle, mrad")
     c1_nm: float = Field(0.0, description="defocus C1 (plus sign in chi, so minus abTEM's defocus), nm")
-    a1_nm: NonNegative = Field(0.0, description="two-fold astigmatism, nm")
+    a1_nm: NonNegative = Field(0.0, description="two-fold astigmatism A1, nm")
     a1_deg: float = Field(0.0, description="azimuth of the two-fold astigmatism, degrees")
+    a2_nm: NonNegative = Field(0.0, description="three-fold astigmatism A2, nm")
+    a2_deg: float = Field(0.0, description="azimuth of the three-fold astigmatism, degrees")
+    b2_nm: NonNegative = Field(0.0, description="axial coma B2 (its term in chi is theta^3 B2 / 3), nm")
+    b2_deg: float = Field(0.0, description="azimuth of the coma, degrees")
     c3_um: float = Field(0.0, description="spherical aberration C3, micrometre")
+    c5_mm: float = Field(0.0, description="fifth-order spherical aberration C5, mm")
+    defocus_spread_nm: NonNegative = Field(
+        0.0, description="standard deviation of C1 from chromatic aberration, Cc sigma(E) / E, nm"
+    )
     source_fwhm_nm: NonNegative = Field(0.08, description="effective source size (full width at half maximum), nm")
-    detector_inner_mrad: Positive = Field(86.0, description="inner angle of the dark-field detector, mrad")
-    detector_outer_mrad: Positive = Field(200.0, description="outer angle of the dark-field detector, mrad")
-
-    @model_validator(mode="after")
-    def _angles_in_order(self) -> Optics:
-        if not self.semi_angle_mrad < self.detector_inner_mrad < self.detector_outer_mrad:
-            raise ValueError(
-                "angles must satisfy semi_angle_mrad < detector_inner_mrad < detector_outer_mrad, got "
-                f"{self.semi_angle_mrad}, {self.detector_inner_mrad}, {self.detector_outer_mrad}"
-            )
-        return self
 
     @property
     def wavelength_A(self) -> float:
@@ -90,21 +89,42 @@ class Optics(Model):
         """Standard deviation of the effective source, angstrom."""
         return nm_to_angstrom(self.source_fwhm_nm) / FWHM_PER_SIGMA
 
+    @property
+    def round(self) -> bool:
+        """True when the probe looks the same from every side."""
+        return self.a1_nm == self.a2_nm == self.b2_nm == 0.0
 
-def aberration_phase(optics: Optics, angle: Array, azimuth: Array) -> Array:
-    """chi in rad at polar ``angle`` (rad) and ``azimuth`` (rad), for C1, A1 and C3."""
-    c1, a1 = nm_to_angstrom(optics.c1_nm), nm_to_angstrom(optics.a1_nm)
-    two_fold = c1 + a1 * np.cos(2.0 * (azimuth - math.radians(optics.a1_deg)))
-    path = 0.5 * angle**2 * two_fold + 0.25 * optics.c3_um * 1e4 * angle**4
+
+def aberration_phase(optics: Optics, angle: Array, azimuth: Array, extra_c1_A: float = 0.0) -> Array:
+    """chi in rad at polar ``angle`` (rad) and ``azimuth`` (rad).
+
+    chi = (2 pi / lambda) [theta^2 (C1 + A1 cos 2(phi - phi_A1)) / 2
+          + theta^3 (A2 cos 3(phi - phi_A2) + B2 cos(phi - phi_B2)) / 3 + C3 theta^4 / 4 + C5 theta^6 / 6].
+    ``extra_c1_A`` is added to C1.
+    """
+    c1, a1, a2, b2 = (nm_to_angstrom(value) for value in (optics.c1_nm, optics.a1_nm, optics.a2_nm, optics.b2_nm))
+    path = (
+        0.5 * angle**2 * (c1 + extra_c1_A) + 0.25 * optics.c3_um * 1e4 * angle**4 + optics.c5_mm * 1e7 * angle**6 / 6.0
+    )
+    for size, order, turns, degrees in (
+        (a1, 2, 2, optics.a1_deg),
+        (a2, 3, 3, optics.a2_deg),
+        (b2, 3, 1, optics.b2_deg),
+    ):
+        if size:
+            path = path + size * angle**order / order * np.cos(turns * (azimuth - math.radians(degrees)))
     return np.asarray(2.0 * math.pi / optics.wavelength_A * path)
 
 
-def transfer(optics: Optics, extra_variance_A2: float = 0.0, folds: int = WAVE_FOLDS) -> tuple[Array, float]:
-    """Fourier transform of the probe intensity, including the source, and its frequency step.
+def transfer(
+    optics: Optics, extra_variance_A2: float = 0.0, folds: int = WAVE_FOLDS
+) -> tuple[NDArray[np.complex128], float]:
+    """Fourier transform of the probe intensity, including source and defocus spread, and its frequency step.
 
-    Returns ``(otf, step)``: ``otf`` [n, n] real, axes (ky, kx), zero frequency at ``[n // 2, n // 2]`` where it is 1;
-    ``step`` in 1/angstrom. It is real because C1, A1 and C3 are even in k. ``extra_variance_A2`` (per axis) widens the
-    source Gaussian, or narrows it when negative; the variance left is never below zero. ``folds``: see WAVE_FOLDS.
+    Returns ``(otf, step)``: ``otf`` [n, n] complex, axes (ky, kx), 1 at zero frequency, ``[n // 2, n // 2]``; ``step``
+    in 1/angstrom. ``extra_variance_A2`` (per axis) widens the source Gaussian, or narrows it when negative;
+    the variance left is never below zero. ``folds``: see WAVE_FOLDS. Raises BadInput when the aberrations spread the
+    probe over more than its box.
     """
     otf, step = _coherent_transfer(optics, folds)
     frequency = (np.arange(otf.shape[0]) - otf.shape[0] // 2) * step
@@ -113,25 +133,50 @@ def transfer(optics: Optics, extra_variance_A2: float = 0.0, folds: int = WAVE_F
     return otf * blur[:, None] * blur[None, :], step
 
 
-@lru_cache(maxsize=16)
-def _coherent_transfer(optics: Optics, folds: int) -> tuple[Array, float]:
+@lru_cache(maxsize=8)
+def _coherent_transfer(optics: Optics, folds: int) -> tuple[NDArray[np.complex128], float]:
+    _refuse_wide_probe(optics, folds)
     # The smallest grid on which |psi|^2 does not alias: sampling just below lambda / (4 alpha).
     n = 2 * folds * (math.ceil(PROBE_EXTENT_A * optics.band_limit_per_A) + 2)
     step = 1.0 / (folds * PROBE_EXTENT_A)
-    wave = _aperture_wave(optics, n, step)
-    intensity = np.abs(np.fft.ifft2(wave)) ** 2
-    otf = np.fft.fftshift(np.fft.fft2(intensity).real)
-    return otf / otf[n // 2, n // 2], step
+    intensity = np.zeros((n, n))
+    for extra_c1_A, weight in _defocus_nodes(optics):
+        intensity += weight * np.abs(np.fft.ifft2(_aperture_wave(optics, n, step, extra_c1_A))) ** 2
+    otf = np.fft.fftshift(np.fft.fft2(intensity))
+    return otf / otf[n // 2, n // 2].real, step
 
 
-def _aperture_wave(optics: Optics, n: int, step: float) -> NDArray[np.complex128]:
+def _defocus_nodes(optics: Optics) -> list[tuple[float, float]]:
+    """(added C1 in angstrom, weight): seven Gauss-Hermite nodes of the defocus spread, one where there is none."""
+    if optics.defocus_spread_nm == 0.0:
+        return [(0.0, 1.0)]
+    nodes, weights = np.polynomial.hermite_e.hermegauss(7)
+    spread = nm_to_angstrom(optics.defocus_spread_nm)
+    return [(float(spread * x), float(w)) for x, w in zip(nodes, weights / weights.sum(), strict=True)]
+
+
+def _refuse_wide_probe(optics: Optics, folds: int) -> None:
+    """The ray that aberrations displace most (|grad chi| lambda / 2 pi, at the rim) must stay inside the wave's box."""
+    alpha = optics.semi_angle_mrad * 1e-3
+    first = nm_to_angstrom(abs(optics.c1_nm) + optics.a1_nm + 3.0 * optics.defocus_spread_nm)
+    second = nm_to_angstrom(optics.a2_nm + optics.b2_nm)
+    blur = alpha * first + alpha**2 * second + alpha**3 * abs(optics.c3_um) * 1e4 + alpha**5 * abs(optics.c5_mm) * 1e7
+    limit = 0.5 * folds * PROBE_EXTENT_A
+    if blur > limit:
+        raise BadInput(
+            f"these aberrations spread the probe over up to {blur / 10:.1f} nm, more than {limit / 10:.1f} nm",
+            "lower the aberrations or semi_angle_mrad",
+        )
+
+
+def _aperture_wave(optics: Optics, n: int, step: float, extra_c1_A: float) -> NDArray[np.complex128]:
     """Aperture times exp(-i chi) on an unshifted [n, n] frequency grid; the edge is softened over one pixel."""
     frequency = np.fft.fftfreq(n, 1.0 / (n * step))
     ky, kx = frequency[:, None], frequency[None, :]
     radius = np.hypot(kx, ky)
     cutoff = optics.semi_angle_mrad * 1e-3 / optics.wavelength_A
     aperture = np.clip((cutoff - radius) / step + 0.5, 0.0, 1.0)
-    phase = aberration_phase(optics, radius * optics.wavelength_A, np.arctan2(ky, kx))
+    phase = aberration_phase(optics, radius * optics.wavelength_A, np.arctan2(ky, kx), extra_c1_A)
     return np.asarray(aperture * np.exp(-1j * phase))
 
 
@@ -150,7 +195,7 @@ def probe_intensity(optics: Optics, pixels: int, extra_variance_A2: float = 0.0,
             f"{pixels} pixels over {PROBE_EXTENT_A} A cannot hold a probe of {optics.band_limit_per_A} 1/A"
         )
     size = max(n, pixels)
-    padded = np.zeros((size, size))
+    padded = np.zeros((size, size), dtype=np.complex128)
     start = size // 2 - n // 2
     padded[start : start + n, start : start + n] = otf
     if pixels < size:  # only empty frequencies beyond the band are cut

@@ -1,8 +1,9 @@
-"""Where the probe really goes, when, and what the detector reads. Lengths are nm: this module meets ScanRegion."""
+"""Where the probe really goes, when, and with the beam on or off. Lengths are nm: this module meets ScanRegion."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
@@ -16,12 +17,33 @@ from .streams import stream
 Array = NDArray[np.float64]
 DRIFT_MODES = 64
 """Harmonics that make up the wandering part of the drift velocity."""
+RETURN_POINTS = 32
+"""Points that stand for the straight way back from a line."""
+
+
+class Charging(Model):
+    """A specimen that charges under the beam: a charge between 0 and 1 grows towards 1 while the beam is on and decays
+    while it is off, both with ``decay_s``; it displaces the probe and changes the signal. Off by default; the form is
+    an assumption."""
+
+    offset_nm: tuple[float, float] = Field((0.0, 0.0), description="displacement of the probe at full charge, nm")
+    gain: Annotated[float, Field(gt=-1, lt=10)] = Field(0.0, description="relative change of the signal at full charge")
+    decay_s: Positive = Field(10.0, description="time constant, s")
+
+    def after(self, charge: float, seconds: Array | float, beam_on: bool) -> Array:
+        """The charge ``seconds`` after it was ``charge``, shaped like ``seconds``."""
+        target = 1.0 if beam_on else 0.0
+        return np.asarray(target + (charge - target) * np.exp(-np.asarray(seconds) / self.decay_s))
 
 
 class ScanModel(Model):
     """How far the scan coils and the stage are from ideal. The defaults are assumptions, not measurements."""
 
     flyback_s: NonNegative = Field(200e-6, description="time from the end of a line to the start of the next, s")
+    flyback_blanked: bool = Field(True, description="False: the beam is on on its way back, and the specimen pays")
+    blanker_latency_s: NonNegative = Field(
+        0.0, description="time for which the beam stays parked on the last pixel until the blanker acts, s"
+    )
     line_jitter_nm: NonNegative = Field(0.005, description="standard deviation of a line's displacement per axis, nm")
     line_jitter_correlation: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.5, description="correlation of the displacement between neighbouring lines"
@@ -35,11 +57,17 @@ class ScanModel(Model):
     drift_nm_per_s: tuple[float, float] = Field((0.0, 0.0), description="steady drift of the probe over the specimen")
     drift_wander_nm_per_s: NonNegative = Field(0.0, description="standard deviation of the drift's wandering part")
     drift_wander_s: Positive = Field(60.0, description="correlation time of the wandering part, s")
+    charging: Charging = Charging()
 
     def frame_s(self, region: ScanRegion) -> float:
-        """Time from the first pixel to the end of the last line, flybacks between lines included, s."""
+        """Time from the first pixel until the beam is blanked, flybacks between lines included, s."""
         rows, cols = region.shape
-        return rows * cols * region.dwell_time_s + (rows - 1) * self.flyback_s
+        return rows * cols * region.dwell_time_s + (rows - 1) * self.flyback_s + self.blanker_latency_s
+
+    def beam_on_s(self, region: ScanRegion) -> float:
+        """Time in which electrons reach the specimen, s."""
+        blanked = (region.shape[0] - 1) * self.flyback_s if self.flyback_blanked else 0.0
+        return self.frame_s(region) - blanked
 
     def line_starts_s(self, region: ScanRegion) -> Array:
         """Start of each line after the first pixel, [rows], s."""
@@ -63,8 +91,9 @@ class ScanModel(Model):
             drift = drift + amplitude * np.sum((np.sin(angle) - np.sin(phase)) / omega, axis=-1)
         return np.asarray(drift)
 
-    def positions_nm(self, region: ScanRegion, started_s: float, seed: int, ordinal: int) -> Array:
-        """True probe positions [rows, cols, 2] (x, y) of exposure ``ordinal`` begun at clock ``started_s``, nm."""
+    def positions_nm(self, region: ScanRegion, started_s: float, seed: int, ordinal: int, charge: float = 0.0) -> Array:
+        """True probe positions [rows, cols, 2] (x, y) of exposure ``ordinal`` begun at clock ``started_s`` with the
+        specimen charged to ``charge``, nm."""
         rows, cols = region.shape
         fast, slow = _pixel_offsets(region)
         swing = self.swing_nm * np.exp(-np.arange(cols) * region.dwell_time_s / self.swing_decay_s)
@@ -75,6 +104,9 @@ class ScanModel(Model):
         # Drift is smooth over a line, so it is evaluated at the line's ends and runs straight in between.
         gain = self.drift_nm(starts + cols * region.dwell_time_s, seed) - drift
         offset = drift + self._line_jitter(rows, seed, ordinal)
+        if any(self.charging.offset_nm):
+            charged = self.charging.after(charge, starts - started_s, beam_on=True)
+            offset = offset + charged[:, None] * np.asarray(self.charging.offset_nm)
         progress = np.arange(cols) / cols
         positions = np.empty((rows, cols, 2))
         for axis, (along, across) in enumerate(((c, -s), (s, c))):
@@ -96,30 +128,49 @@ class ScanModel(Model):
             jitter[row] += rho * jitter[row - 1]
         return self.line_jitter_nm * jitter
 
+    def points_per_line(self, region: ScanRegion) -> int:
+        """Points of the beam's path per line: its pixels, and its way back where that is not blanked."""
+        back = 0 if self.flyback_blanked or self.flyback_s == 0.0 else RETURN_POINTS
+        return region.shape[1] + back
 
-class Detector(Model):
-    """How electrons become numbers: gain (Poisson(n I efficiency) + Poisson(dark)) + offset + N(0, read_noise^2)."""
+    def beam_path(self, region: ScanRegion, positions_nm: Array, started_s: float, electrons_per_s: float) -> BeamPath:
+        """Everywhere the beam goes on ``positions_nm`` [rows, cols, 2]: pixels, the way back where it is not blanked,
+        the last pixel until the blanker acts; in order of time."""
+        rows, cols = region.shape
+        back = self.points_per_line(region) - cols
+        points = np.empty((rows, cols + back, 2))
+        seconds = np.empty(cols + back)
+        points[:, :cols], seconds[:cols] = positions_nm, region.dwell_time_s
+        starts = self.line_starts_s(region)[:, None]
+        times = started_s + starts + np.arange(cols + back) * region.dwell_time_s
+        if back:
+            share = (np.arange(back) + 0.5) / back
+            following = np.concatenate([positions_nm[1:, 0], positions_nm[-1:, -1]])  # no way back from the last line
+            way = following - positions_nm[:, -1]
+            points[:, cols:] = positions_nm[:, -1, None] + share[:, None] * way[:, None]
+            seconds[cols:] = self.flyback_s / back
+            times[:, cols:] = started_s + starts + cols * region.dwell_time_s + share * self.flyback_s
+        electrons = np.tile(electrons_per_s * seconds, rows)
+        if back:
+            electrons[-back:] = 0.0
+        electrons[(rows - 1) * (cols + back) + cols - 1] += electrons_per_s * self.blanker_latency_s
+        return BeamPath(points.reshape(-1, 2), electrons, times.reshape(-1), cols + back)
 
-    efficiency: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of scattered electrons detected")
-    dark_counts: NonNegative = Field(0.01, description="mean dark counts per pixel")
-    gain: Positive = Field(1.0, description="output per detected electron")
-    offset: float = Field(0.0, description="output without signal")
-    read_noise: NonNegative = Field(0.0, description="standard deviation of the read-out noise, output units")
-    saturation: Positive | None = Field(None, description="output at which the detector saturates; null: never")
 
-    def read(
-        self, fraction: NDArray[np.floating], electrons_per_pixel: float, random: np.random.Generator
-    ) -> tuple[NDArray[np.float32], float]:
-        """The signal float32 and the share of saturated pixels, for the ``fraction`` of the beam that is scattered."""
-        mean = np.maximum(fraction, 0.0) * (electrons_per_pixel * self.efficiency) + self.dark_counts
-        # Read-out noise is drawn first: the number of draws behind a Poisson number depends on the image.
-        noise = random.normal(0.0, self.read_noise, mean.shape) if self.read_noise > 0.0 else 0.0
-        signal = self.gain * random.poisson(mean) + self.offset + noise
-        saturated = 0.0
-        if self.saturation is not None:
-            saturated = float(np.mean(signal >= self.saturation))
-            signal = np.minimum(signal, self.saturation)
-        return signal.astype(np.float32), saturated
+@dataclass(frozen=True)
+class BeamPath:
+    """Where electrons went: ``points_nm`` [m, 2], ``electrons`` [m] at each, ``times_s`` [m] clock; ``per_line`` points
+    belong to each line and the way back from it."""
+
+    points_nm: Array
+    electrons: Array
+    times_s: Array
+    per_line: int
+
+    def lines(self, count: int) -> BeamPath:
+        """The path until the end of line ``count`` - 1, its way back included."""
+        last = count * self.per_line
+        return BeamPath(self.points_nm[:last], self.electrons[:last], self.times_s[:last], self.per_line)
 
 
 def nominal_positions_nm(region: ScanRegion) -> Array:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from aecontrol.dose import TileMap, bound_charge, over_budget, over_limits, tile_fluence, total
 from aecontrol.types import Budget, Capabilities, ScanRegion
 from aecontrol.units import electrons_per_second
+from simulators.scan import ScanModel, nominal_positions_nm
 
 CAPABILITIES = Capabilities(
     identity="x", simulated=True, unit="electrons", field_nm=(20, 20), channels=("HAADF",), beam_current_pA=10.0
@@ -45,6 +46,25 @@ def test_no_tile_gets_more_than_its_bound(region, electrons, shift):
     tiles = np.stack([np.floor(x + shift[0]), np.floor(y + shift[1])]).reshape(2, -1)
     most = np.unique(tiles, axis=1, return_counts=True)[1].max()
     assert most * electrons / region.pixels / 100.0 <= tile_fluence(region, electrons) * (1 + 1e-9)
+
+
+@given(regions, st.floats(0, 1e-3), st.floats(0, 1e-3), st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_no_tile_gets_more_than_the_bound_of_a_beam_that_is_never_blanked(region, flyback, latency, shift):
+    scan = ScanModel(flyback_s=flyback, flyback_blanked=False, blanker_latency_s=latency)
+    rate = electrons_per_second(10.0)
+    path = scan.beam_path(region, nominal_positions_nm(region), 0.0, rate)
+    tile = np.floor(path.points_nm + shift).astype(int)
+    _, inverse = np.unique(tile, axis=0, return_inverse=True)
+    most = np.bincount(inverse.ravel(), weights=path.electrons).max()
+    open_beam = CAPABILITIES.model_copy(
+        update={"flyback_s": flyback, "beam_on_in_flyback": True, "blanker_latency_s": latency}
+    )
+    bound = bound_charge(region, open_beam)
+    assert path.electrons.sum() == pytest.approx(rate * scan.beam_on_s(region))
+    assert path.electrons.sum() <= bound.electrons
+    # thirty-two points stand for a way: one more of them than its share may fall into a tile
+    grain = 2 * rate * flyback / 32 * (math.floor(math.sqrt(2) / region.pixel_size_nm[1]) + 2)
+    assert most / 100.0 <= (bound.peak_fluence_e_per_A2 + grain / 100.0) * (1 + 1e-9)
 
 
 @given(regions)

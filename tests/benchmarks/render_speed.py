@@ -9,7 +9,7 @@ import numpy as np
 
 from aecontrol.types import ScanRegion
 from simulators.optics import Optics
-from simulators.render import HaadfRenderer
+from simulators.render import Renderer
 from simulators.scan import ScanModel
 from simulators.specimens.sheets import Mos2
 
@@ -23,7 +23,7 @@ def main() -> None:
     specimen = Mos2(size_nm=(side_nm, side_nm)).build(0)
     inside = np.all((specimen.positions_A[:, :2] >= 0) & (specimen.positions_A[:, :2] < 10 * side_nm), axis=1)
     region = ScanRegion(center_nm=(side_nm / 2,) * 2, fov_nm=(side_nm,) * 2, shape=(512, 512), dwell_time_s=1e-6)
-    renderer = HaadfRenderer(Optics())
+    renderer = Renderer(Optics())
     wall, cpu = [], []
     for repeat in range(REPEATS + 1):
         probe = ScanModel().positions_nm(region, 0.0, 0, repeat)

@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecontrol.types import ScanRegion
+from simulators.detector import Detector
 from simulators.optics import Optics
-from simulators.render import HaadfRenderer
-from simulators.scan import Detector, ScanModel
+from simulators.render import Renderer
+from simulators.scan import ScanModel
 from simulators.specimens import Specimen
 from simulators.specimens.sheets import Mos2, SulphurVacancies
 
-RENDERER = HaadfRenderer(Optics())
+RENDERER = Renderer(Optics())
 FULL_DOSE = 3e4
 """e/A^2 at which a full S2 column of these optics integrates to about 125 counts."""
 

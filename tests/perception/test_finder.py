@@ -79,7 +79,7 @@ def test_isolated_columns_are_placed_at_the_cramer_rao_bound(finder, counts, bac
 def mos2_frame(seed, s2_counts, size_nm=8.0, pixels=256):
     """A noisy MoS2 frame from the probe-based renderer: image, column positions in nm, labels."""
     from simulators.optics import Optics
-    from simulators.render import HaadfRenderer
+    from simulators.render import Renderer
     from simulators.scan import nominal_positions_nm
     from simulators.specimens.sheets import Mos2, SulphurVacancies
 
@@ -88,7 +88,7 @@ def mos2_frame(seed, s2_counts, size_nm=8.0, pixels=256):
     region = ScanRegion(
         center_nm=(size_nm / 2, size_nm / 2), fov_nm=(size_nm, size_nm), shape=(pixels, pixels), dwell_time_s=1e-6
     )
-    renderer = HaadfRenderer(Optics())
+    renderer = Renderer(Optics())
     fraction = renderer.render(specimen, nominal_positions_nm(region)).channels["HAADF"]
     column_A2 = 2 * renderer.cross_sections_A2(np.array([16]))[0]
     per_pixel = s2_counts / column_A2 * (10 * size_nm / pixels) ** 2

@@ -7,9 +7,10 @@ from aecontrol.types import ScanRegion
 from aecontrol.units import electrons_per_second
 from simulators.column import CURRENT_LIMIT, SimulatedColumn
 from simulators.damage import Damage
+from simulators.detector import Detector
 from simulators.optics import Optics
-from simulators.render import HaadfRenderer
-from simulators.scan import Detector, ScanModel, nominal_positions_nm
+from simulators.render import Renderer
+from simulators.scan import ScanModel, nominal_positions_nm
 from simulators.specimens.sheets import Mos2
 
 CURRENT_PA = 50.0
@@ -120,7 +121,7 @@ def test_damage_shows_in_later_lines_only():
     frames = [one.fire(0, strong).channels["HAADF"] for one in (damaged, intact)]
     assert np.array_equal(frames[0][0], frames[1][0])  # noise and all: a line cannot know what comes
     points = nominal_positions_nm(strong)
-    born, left = (HaadfRenderer(Optics()).render(one.snapshot(), points).channels["HAADF"] for one in (intact, damaged))
+    born, left = (Renderer(Optics()).render(one.snapshot(), points).channels["HAADF"] for one in (intact, damaged))
     final = (left - born) * damaged.meter / strong.pixels
     seen = np.sum((frames[0] - frames[1]) * final) / np.sum(final**2)
     # an atom is hit while the beam passes over it, so about half of its loss is seen in the same frame, not all

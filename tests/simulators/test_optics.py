@@ -5,6 +5,7 @@ import pytest
 from pydantic import ValidationError
 from scipy.special import j0, j1
 
+from aecontrol.errors import BadInput
 from simulators.optics import (
     PROBE_EXTENT_A,
     Optics,
@@ -99,6 +100,66 @@ def test_grid_too_coarse_for_the_probe_is_refused():
         probe_intensity(Optics(), 64)
 
 
-def test_detector_inside_the_beam_is_refused():
-    with pytest.raises(ValidationError, match="semi_angle_mrad < detector_inner_mrad"):
-        Optics(detector_inner_mrad=20.0)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"semi_angle_mrad": 0.0},
+        {"voltage_kV": -80.0},
+        {"voltage_kV": 0.0},
+        {"source_fwhm_nm": -0.1},
+        {"c1_nm": math.nan},
+        {"detector_inner_mrad": 80.0},
+    ],
+)
+def test_impossible_optics_are_refused(change):
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        Optics(**change)
+
+
+def test_aberrations_that_do_not_fit_the_box_are_refused():
+    with pytest.raises(BadInput, match="spread the probe"):
+        probe_intensity(Optics(c1_nm=500.0), PIXELS)
+
+
+def test_defocus_spread_is_the_mean_of_probes_over_a_gaussian_of_defoci():
+    spread = probe_intensity(Optics(defocus_spread_nm=3.0, c1_nm=2.0), 256)
+    defoci = np.linspace(-5, 5, 81)
+    weights = np.exp(-0.5 * defoci**2)
+    mean = sum(w * probe_intensity(Optics(c1_nm=2.0 + 3.0 * x), 256) for x, w in zip(defoci, weights, strict=True))
+    assert np.abs(spread - mean / weights.sum()).max() < 1e-3 * spread.max()
+
+
+@pytest.mark.parametrize(
+    "optics",
+    [
+        Optics(voltage_kV=80, source_fwhm_nm=0),
+        Optics(voltage_kV=60, semi_angle_mrad=34, c1_nm=-4, c3_um=5, c5_mm=2, source_fwhm_nm=0),
+        Optics(voltage_kV=120, semi_angle_mrad=24, a1_nm=3, a1_deg=25, c1_nm=2, source_fwhm_nm=0),
+        Optics(voltage_kV=200, semi_angle_mrad=21.4, a2_nm=40, a2_deg=-50, b2_nm=60, b2_deg=70, source_fwhm_nm=0),
+        Optics(voltage_kV=300, semi_angle_mrad=18, c3_um=-3, a1_nm=1, b2_nm=20, source_fwhm_nm=0),
+    ],
+    ids=["ideal", "round", "astigmatic", "coma", "mixed"],
+)
+def test_probe_and_constants_agree_with_abtem(optics):
+    abtem = pytest.importorskip("abtem", reason="abTEM (the multislice extra) is the oracle")
+    from abtem.core.energy import energy2sigma, energy2wavelength
+
+    assert optics.wavelength_A == pytest.approx(energy2wavelength(1e3 * optics.voltage_kV), rel=1e-5)
+    assert interaction_constant(optics.voltage_kV) == pytest.approx(energy2sigma(1e3 * optics.voltage_kV), rel=1e-5)
+    n = 512
+    aberrations = {  # its C10 has the opposite sign of its defocus, its C21 counts three times
+        "C10": 10 * optics.c1_nm, "C12": 10 * optics.a1_nm, "phi12": math.radians(optics.a1_deg),
+        "C23": 10 * optics.a2_nm, "phi23": math.radians(optics.a2_deg),
+        "C21": 10 * optics.b2_nm, "phi21": math.radians(optics.b2_deg),
+        "C30": 1e4 * optics.c3_um, "C50": 1e7 * optics.c5_mm,
+    }  # fmt: skip
+    probe = abtem.Probe(
+        energy=1e3 * optics.voltage_kV,
+        semiangle_cutoff=optics.semi_angle_mrad,
+        extent=40.0,
+        gpts=n,
+        aberrations={name: value for name, value in aberrations.items() if value},
+    )
+    theirs = probe.build(abtem.CustomScan([[20.0, 20.0]]), lazy=False).intensity().array.reshape(n, n).T  # [y, x]
+    ours = probe_intensity(optics, n, folds=1)
+    assert np.abs(ours / ours.sum() - theirs / theirs.sum()).max() < 1e-4 * (theirs / theirs.sum()).max()

@@ -4,16 +4,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
-from simulators.optics import Optics, wavelength_A
-from simulators.render import POTENTIAL_WIDTH_A, HaadfRenderer
+from aecontrol.errors import BadInput
+from aecontrol.types import ScanRegion
+from simulators.optics import Optics, probe_intensity, wavelength_A
+from simulators.render import Renderer
+from simulators.scan import nominal_positions_nm
+from simulators.scattering import POTENTIAL_WIDTH_A, TABLE_FILE, Contrast
 from simulators.specimens.sheets import Mos2
 
 from .oracles import round_kernel
 
 SHARP = Optics(source_fwhm_nm=0.0)
-DEFAULT = HaadfRenderer(Optics())
-SHARP_RENDERER = HaadfRenderer(SHARP)
+POWER = Contrast(level="power")
+DEFAULT = Renderer(Optics())
+SHARP_RENDERER = Renderer(SHARP)
+DETECTORS = {"BF": (0.0, 30.0), "MAADF": (30.0, 86.0), "HAADF": (86.0, 220.0)}
 MO, S = np.array([42]), np.array([16])
 
 
@@ -22,26 +29,31 @@ def raster(low, shape, pixel):
     return np.stack([low[0] + pixel * x, low[1] + pixel * y], axis=-1)
 
 
+def image(renderer, *atoms_and_probe, **more):
+    return renderer.images(*atoms_and_probe, **more)["HAADF"]
+
+
 def one_atom(renderer, where, probe, numbers=MO, rms=0.06):
-    return renderer.image(np.array([where]), numbers, np.array([rms]), probe)
+    return image(renderer, np.array([where]), numbers, np.array([rms]), probe)
 
 
 def test_an_atom_appears_where_it_is():
     pixel = 0.2
-    image = one_atom(DEFAULT, (3.0, 7.0), raster((0, 0), (60, 40), pixel))
+    seen = one_atom(DEFAULT, (3.0, 7.0), raster((0, 0), (60, 40), pixel))
     # 7.0 / 0.2 - 1/2 = 34.5 and 3.0 / 0.2 - 1/2 = 14.5: the four pixels around that point share the maximum
-    assert image[34:36, 14:16] == pytest.approx(image.max(), rel=1e-3)
-    assert image[33, 14] < 0.95 * image.max() > image[34, 13]
+    assert seen[34:36, 14:16] == pytest.approx(seen.max(), rel=1e-3)
+    assert seen[33, 14] < 0.95 * seen.max() > seen[34, 13]
 
 
-@pytest.mark.parametrize("renderer", [DEFAULT, SHARP_RENDERER], ids=["source", "no source"])
-def test_single_atom_matches_the_analytic_probe_at_any_sub_pixel_position(renderer):
+@pytest.mark.parametrize("optics", [Optics(), SHARP], ids=["source", "no source"])
+def test_single_atom_matches_the_analytic_probe_at_any_sub_pixel_position(optics):
+    renderer = Renderer(optics, contrast=POWER)
     cutoff = 0.030 / wavelength_A(80)
     variance = renderer.optics.source_sigma_A**2 + 0.06**2 + POTENTIAL_WIDTH_A**2
     probe = raster((0, 0), (40, 40), 0.3)
     for where in np.random.default_rng(0).random((6, 2)) * 4 + 4:
         distance = np.hypot(*(probe - where).T).T
-        exact = renderer.cross_sections_A2(MO)[0] * round_kernel(distance, cutoff, variance)
+        exact = renderer.objects["HAADF"].strength_A2(42) * round_kernel(distance, cutoff, variance)
         # 0.3 % is the softened edge of the aperture, common to all positions
         assert np.abs(one_atom(renderer, where, probe) / 1.003 - exact).max() < 1e-3 * exact.max()
 
@@ -56,8 +68,8 @@ def test_moving_atom_and_probe_together_changes_nothing(x, y, turn, shift):
     assert np.abs(moved - still).max() < 1e-3 * still.max()
     c, s = math.cos(turn), math.sin(turn)
     rotate = np.array([[c, s], [-s, c]])
-    turned = SHARP_RENDERER.image(
-        np.array([[4.0 + x, 4.0 + y]]) @ rotate, MO, np.array([0.06]), probe @ rotate, rotation_rad=turn
+    turned = image(
+        SHARP_RENDERER, np.array([[4.0 + x, 4.0 + y]]) @ rotate, MO, np.array([0.06]), probe @ rotate, rotation_rad=turn
     )
     assert np.abs(turned - still).max() < 1e-3 * still.max()
 
@@ -65,61 +77,136 @@ def test_moving_atom_and_probe_together_changes_nothing(x, y, turn, shift):
 def test_image_is_the_sum_of_its_atoms():
     probe = raster((0, 0), (30, 30), 0.25)
     where, rms = np.array([[2.0, 3.0], [4.1, 3.9]]), np.array([0.06, 0.07])
-    both = DEFAULT.image(where, np.array([42, 16]), rms, probe)
+    both = image(DEFAULT, where, np.array([42, 16]), rms, probe)
     apart = one_atom(DEFAULT, where[0], probe) + one_atom(DEFAULT, where[1], probe, S, 0.07)
     assert np.abs(both - apart).max() < 1e-6 * both.max()
 
 
-@settings(max_examples=12, deadline=None)
-@given(x=st.floats(4, 8), y=st.floats(4, 8), turn=st.floats(-1.5, 1.5), cols=st.integers(16, 40))
-def test_a_sub_scan_agrees_with_the_same_points_of_a_larger_scan(x, y, turn, cols):
+def fine_crop(specimen, region, fine):
+    """The frame of ``region`` cut from an upright, ``fine`` times finer overview by cubic splines, and its gradient."""
+    side = max(region.fov_nm) * 1.5 + 0.6
+    pixel = min(region.pixel_size_nm) / fine
+    n = math.ceil(side / pixel)
+    corner = np.asarray(region.center_nm) - n * pixel / 2
+    wide = DEFAULT.render(specimen, raster(corner, (n, n), pixel)).channels["HAADF"]
+    at = (nominal_positions_nm(region) - corner) / pixel - 0.5
+    return ndimage.map_coordinates(wide.astype(float), [at[..., 1], at[..., 0]], order=3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    x=st.floats(4, 8),
+    y=st.floats(4, 8),
+    turn=st.floats(-3.1, 3.1),
+    fov=st.tuples(st.floats(1.0, 3.0), st.floats(1.0, 3.0)),
+    shape=st.tuples(st.integers(24, 60), st.integers(24, 60)),
+)
+def test_a_sub_scan_is_the_crop_of_the_overview_at_any_rotation_field_and_sampling(x, y, turn, fov, shape):
     specimen = Mos2(size_nm=(12, 12)).build(0)
-    c, s = math.cos(turn), math.sin(turn)
-    small = raster((-1.5, -1.5), (24, cols), 0.3 / 3.0)[..., :] @ np.array([[c, s], [-s, c]]) + (x, y)
-    wide = raster((0, 0), (60, 60), 0.2)
-    alone = DEFAULT.render(specimen, small, turn).channels["HAADF"]
-    together = DEFAULT.render(specimen, np.concatenate([wide.reshape(-1, 2), small.reshape(-1, 2)])).channels["HAADF"]
-    error = together[-small[..., 0].size :].reshape(alone.shape) - alone
-    assert np.abs(error).max() < 3e-3 * alone.max()
-    # as a displacement: least squares against the gradient, in units of the 0.1 nm pixel
+    region = ScanRegion(center_nm=(x, y), fov_nm=fov, shape=shape, rotation_rad=turn, dwell_time_s=1e-5)
+    alone = DEFAULT.render(specimen, nominal_positions_nm(region), turn).channels["HAADF"].astype(float)
+    error = fine_crop(specimen, region, 2.0) - alone
+    assert np.abs(error).max() < 4e-3 * alone.max()
+    # as a displacement: least squares against the gradient, in pixels
     gradient = np.stack(np.gradient(alone))[:, 1:-1, 1:-1].reshape(2, -1)
     displacement = np.linalg.lstsq(gradient.T, error[1:-1, 1:-1].ravel(), rcond=None)[0]
     assert np.abs(displacement).max() < 0.02
 
 
 def test_astigmatic_probe_stays_fixed_to_the_specimen_when_the_scan_turns():
-    renderer = HaadfRenderer(Optics(c1_nm=4.0, a1_nm=3.0, a1_deg=10.0))
+    renderer = Renderer(Optics(c1_nm=4.0, a1_nm=3.0, a1_deg=10.0))
     probe = raster((0, 0), (30, 30), 0.3)
     assert one_atom(renderer, (4.2, 4.9), probe) == pytest.approx(
-        renderer.image(np.array([[4.2, 4.9]]), MO, np.array([0.06]), probe, rotation_rad=0.6), abs=2e-5
+        image(renderer, np.array([[4.2, 4.9]]), MO, np.array([0.06]), probe, rotation_rad=0.6), abs=2e-5
     )
-    round_one = one_atom(HaadfRenderer(Optics(c1_nm=4.0)), (4.2, 4.9), probe)
+    round_one = one_atom(Renderer(Optics(c1_nm=4.0)), (4.2, 4.9), probe)
     assert np.abs(one_atom(renderer, (4.2, 4.9), probe) - round_one).max() > 1e-3
 
 
-@pytest.mark.parametrize(("inner", "metal", "sulphur"), [(86, 0.01785, 0.00330), (60, 0.03516, 0.00688)])
-def test_single_atom_peaks_agree_with_multislice(inner, metal, sulphur):
-    renderer = HaadfRenderer(SHARP.model_copy(update={"detector_inner_mrad": float(inner)}))
-    fine = raster((-1, -1), (41, 41), 2 / 41)
-    peak = one_atom(renderer, (0, 0), fine)
-    assert peak.max() == pytest.approx(metal, rel=0.03)
-    assert one_atom(renderer, (0, 0), fine, S, 0.07).max() == pytest.approx(sulphur, rel=0.03)
-    row = peak[20]
-    half = np.flatnonzero(row > row.max() / 2)
-    assert (half[-1] - half[0] + 1) * 2 / 41 == pytest.approx(0.77, abs=0.06)
+def test_comatic_image_is_the_probe_seen_from_the_atom():
+    optics = SHARP.model_copy(update={"b2_nm": 150.0, "b2_deg": 30.0})
+    renderer = Renderer(optics, contrast=POWER)
+    widened = probe_intensity(optics, 256, extra_variance_A2=0.06**2 + POTENTIAL_WIDTH_A**2)
+    offset = (np.arange(-20, 21)) * 40.0 / 256
+    probe = np.stack(np.meshgrid(offset, offset), axis=-1)
+    seen = one_atom(renderer, (0.0, 0.0), probe)
+    # the probe at r illuminates the atom with P(0 - r)
+    expected = widened[128 - 20 : 128 + 21, 128 - 20 : 128 + 21][::-1, ::-1]
+    assert np.abs(seen / seen.sum() - expected / expected.sum()).max() < 2e-3 * (expected / expected.sum()).max()
+    assert np.abs(expected - expected[::-1, ::-1]).max() > 0.1 * expected.max()
+
+
+@pytest.mark.parametrize("setting", [(60.0, 30.0), (80.0, 30.0), (100.0, 30.0), (200.0, 21.4), (300.0, 21.4)])
+def test_single_atoms_are_those_of_the_multislice_tables(setting):
+    kV, alpha = setting
+    tables = np.load(TABLE_FILE)
+    within = tables[f"{kV:g}kV_{alpha:g}mrad"].astype(float)
+    edges, radii = tables["edges_mrad"], tables["radii_A"]
+    renderer = Renderer(
+        Optics(voltage_kV=kV, semi_angle_mrad=alpha, source_fwhm_nm=0.0), {"A": (90, 200), "B": (50, 90)}
+    )
+    probe = np.stack([3.3 + radii * 0.6, 4.1 + radii * 0.8], axis=-1)
+    for number in (6, 16, 42, 79):
+        found = renderer.images(np.array([[3.3, 4.1]]), np.array([number]), np.zeros(1), probe)
+        row = within[list(tables["numbers"]).index(number)]
+        for name, (inner, outer) in renderer.detectors.items():
+            expected = row[:, edges == outer] - row[:, edges == inner]
+            assert np.abs(found[name] - expected.ravel()).max() < 2e-3 * expected.max()
+
+
+def test_all_electrons_reach_a_detector_or_pass_beyond_the_last():
+    probe = raster((0, 0), (24, 24), 0.25)
+    rendered = Renderer(Optics(), DETECTORS).render(Mos2(size_nm=(3, 3)).build(0), 0.1 * probe)
+    bright, middle, dark = (rendered.channels[name] for name in DETECTORS)
+    total = bright + middle + dark
+    assert total.max() <= 1.0 + 1e-5
+    assert total.min() > 0.99
+    assert np.corrcoef(bright.ravel(), dark.ravel())[0, 1] < -0.9  # dark where the others are bright
+    assert middle.mean() > 2 * dark.mean()
+    assert all(validity.linear_ok == (name != "MAADF") for name, validity in rendered.validity.items())
+
+
+def test_power_law_keeps_the_scale_of_the_tables_and_has_its_exponent():
+    table, power = Renderer(Optics()), Renderer(Optics(), contrast=Contrast(level="power", exponent=1.8))
+    ratio = [power.objects["HAADF"].strength_A2(z) / table.objects["HAADF"].strength_A2(z) for z in (6, 16, 42, 79)]
+    assert 0.6 < min(ratio) < 1.0 < max(ratio) < 1.5
+    strength = power.objects["HAADF"].strength_A2
+    assert math.log(strength(42) / strength(16)) / math.log(42 / 16) == pytest.approx(1.8)
 
 
 def test_validity_says_when_the_model_may_not_be_trusted():
-    assert DEFAULT.validity(0.3, True).linear_ok
-    assert DEFAULT.validity(0.3, True).calibrated
-    assert DEFAULT.validity(0.3, True).note == ""
-    assert not DEFAULT.validity(8.0, True).linear_ok
-    assert not HaadfRenderer(Optics(detector_inner_mrad=60)).validity(0.3, True).linear_ok
-    elsewhere = HaadfRenderer(Optics(voltage_kV=200))
-    assert not elsewhere.calibrated
-    assert "qualitative" in elsewhere.validity(0.3, True).note
-    assert elsewhere.exponent == 1.7
-    assert not HaadfRenderer(Optics(), exponent=2.0).calibrated
+    def haadf(renderer, thickness_nm=0.3, zone_axis=True):
+        return renderer.validity(thickness_nm, zone_axis)["HAADF"]
+
+    assert (haadf(DEFAULT).linear_ok, haadf(DEFAULT).calibrated, haadf(DEFAULT).note) == (True, True, "")
+    assert not haadf(DEFAULT, 8.0).linear_ok
+    assert haadf(DEFAULT, 8.0, zone_axis=False).linear_ok
+    assert not haadf(Renderer(Optics(), {"HAADF": (60.0, 200.0)})).linear_ok
+    elsewhere = Renderer(Optics(voltage_kV=90))
+    assert not haadf(elsewhere).calibrated
+    assert "qualitative" in haadf(elsewhere).note
+    small_disc = Renderer(Optics(), {"BF": (0.0, 15.0)}).validity(0.3, True)["BF"]
+    assert not small_disc.linear_ok
+    assert "multislice" in small_disc.note
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "word"), [(2, 0.0, "atomic number"), (42, math.nan, "not finite"), (42, math.inf, "not finite")]
+)
+def test_what_cannot_be_rendered_is_refused(number, place, word):
+    with pytest.raises(BadInput, match=word):
+        one_atom(DEFAULT, (0.0, 0.0), np.array([[[place, 0.0]]]), np.array([number]))
+
+
+@pytest.mark.parametrize("annulus", [(200.0, 86.0), (-1.0, 50.0), (50.0, 50.0)])
+def test_impossible_detector_is_refused(annulus):
+    with pytest.raises(BadInput, match="inner < outer"):
+        Renderer(Optics(), {"HAADF": annulus})
+
+
+def test_tables_that_are_not_shipped_are_refused_when_asked_for():
+    with pytest.raises(BadInput, match="80kV_30mrad"):
+        Renderer(Optics(voltage_kV=90), contrast=Contrast(level="table"))
 
 
 def test_atoms_that_are_missing_or_far_away_are_not_seen():

@@ -5,7 +5,8 @@ import pytest
 from scipy.stats import chi2, poisson
 
 from aecontrol.types import ScanRegion
-from simulators.scan import Detector, ScanModel, nominal_positions_nm
+from simulators.detector import Detector
+from simulators.scan import ScanModel, nominal_positions_nm
 from simulators.streams import stream
 
 IDEAL = ScanModel(line_jitter_nm=0.0)
