@@ -1,129 +1,92 @@
 """Beam damage: knock-on, electronic excitation and radiolysis, as events that do not depend on how a scan is split.
 
-An atom is hit by a process once its fluence F reaches E / sigma, with E ~ Exp(1) drawn once per atom and process; then
-P(hit by F) = 1 - exp(-sigma F). Energies eV, cross-sections barn outside (1 b = 1e-8 A^2), fluence e/A^2.
+Everything random is drawn per atom (or bond unit) from its own identity; an event happens at the point at which the
+fluence at its site reaches the threshold drawn (see clocks), or at a time drawn (see migration). Both are the same to
+the last bit however exposures are cut into pieces and whatever order the atoms are listed in.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import heapq
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import Field
+from numpy.typing import ArrayLike, NDArray
 
-from aecontrol.types import Model, NonNegative, Positive
+from aecontrol.errors import BadInput
 from aecontrol.units import nm_to_angstrom
 
-from .elements import MASSES_U, NUMBERS, SYMBOLS
-from .fluence import FluenceMap
-from .optics import REST_ENERGY_EV, Optics, velocity_ratio
+from . import draws
+from .clocks import HEALING, HOP, KNOCK_ON, ROLES, Clocks
+from .elements import SYMBOLS
+from .fluence import FluenceMap, Packet
+from .materials import Damage as Damage  # part of this module's interface
+from .migration import Moment, Vacancies
+from .optics import Optics
 from .specimens import MARGIN_NM, Specimen
-from .streams import stream
 
 Array = NDArray[np.float64]
-BARN_A2 = 1e-8
-BOHR_A = 0.529177210903
-RYDBERG_EV = 13.605693122994
-INVERSE_FINE_STRUCTURE = 137.035999084
-ATOMIC_MASS_EV = 931494102.42
-SPEED_OF_LIGHT_M_S = 299792458.0
+Kind = Literal["removed", "displaced", "healed", "hopped"]
 WORLD_MARGIN_NM = MARGIN_NM + 1.0
-KNOCK_ON, RADIOLYSIS = 0, 1
-
-
-class Damage(Model):
-    """What the beam does to which element. An element that is not named is not harmed by that process.
-
-    The excitation cross-section and every critical fluence are assumptions, not measured properties. Radiolysis moves
-    an atom by a Gaussian displacement or removes it. There is no dose-rate effect.
-    """
-
-    displacement_threshold_eV: dict[str, Positive] = Field(
-        {"S": 6.9, "C": 21.13}, description="energy that ejects an atom: S from MoS2, C from graphene, eV"
-    )
-    velocity_variance_m2_s2: dict[str, NonNegative] = Field(
-        {"S": 7.78e4, "C": 3.17e5}, description="thermal velocity variance along the beam near 300 K, m^2/s^2"
-    )
-    excitation_barn: dict[str, NonNegative] = Field(
-        {"S": 1.0}, description="cross-section added to knock-on by electronic excitation (60-80 kV), barn"
-    )
-    critical_fluence_e_per_A2: dict[str, Positive] = Field(
-        {}, description="radiolysis: fluence at which 1/e of the atoms are still untouched, e/A^2"
-    )
-    radiolysis_removes: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="share of radiolysed atoms that leave; the others are displaced"
-    )
-    radiolysis_displacement_nm: NonNegative = Field(
-        0.05, description="standard deviation per axis of the displacement of a radiolysed atom, nm"
-    )
-
-    def knock_on_A2(self, symbol: str, voltage_kV: float) -> float:
-        """Cross-section of removal, knock-on with thermal velocities plus excitation, angstrom^2."""
-        barn = self.excitation_barn.get(symbol, 0.0)
-        if symbol in self.displacement_threshold_eV:
-            variance = self.velocity_variance_m2_s2.get(symbol, 0.0)
-            barn += thermal_knock_on_barn(symbol, self.displacement_threshold_eV[symbol], voltage_kV, variance)
-        return barn * BARN_A2
-
-
-def max_energy_transfer_eV(symbol: str, voltage_kV: float) -> float:
-    """Highest energy that a head-on electron gives to a resting nucleus: 2 E (E + 2 m) M / ((M + m)^2 + 2 M E)."""
-    energy, m, mass = voltage_kV * 1e3, REST_ENERGY_EV, MASSES_U[symbol] * ATOMIC_MASS_EV
-    return 2.0 * energy * (energy + 2.0 * m) * mass / ((mass + m) ** 2 + 2.0 * mass * energy)
-
-
-def knock_on_barn(symbol: str, threshold_eV: float, voltage_kV: float, transfer_eV: Array) -> Array:
-    """McKinley-Feshbach cross-section for transfers above ``threshold_eV``, barn, where at most ``transfer_eV`` passes.
-
-    sigma = 4 pi (a0 Z E_R / m)^2 (1 - b^2) / b^4 / x
-            {1 + 2 pi a b sqrt(x) - x [1 + 2 pi a b + (b^2 + pi a b) ln(1/x)]},
-    x = threshold / transfer <= 1, a = Z / 137.036, b = v/c; zero for x > 1 (W. A. McKinley and H. Feshbach, Phys. Rev.
-    74, 1759 (1948), integrated over angles).
-    """
-    number = NUMBERS[symbol]
-    b = velocity_ratio(voltage_kV)
-    pi_a_b = math.pi * number / INVERSE_FINE_STRUCTURE * b
-    x = np.minimum(threshold_eV / np.maximum(transfer_eV, 1e-12), 1.0)
-    front = 4.0 * math.pi * (BOHR_A * number * RYDBERG_EV / REST_ENERGY_EV) ** 2 * (1.0 - b**2) / b**4
-    bracket = 1.0 + 2.0 * pi_a_b * np.sqrt(x) - x * (1.0 + 2.0 * pi_a_b - (b**2 + pi_a_b) * np.log(x))
-    return np.asarray(front / x * bracket / BARN_A2)
-
-
-def thermal_knock_on_barn(symbol: str, threshold_eV: float, voltage_kV: float, variance_m2_s2: float) -> float:
-    """Knock-on cross-section averaged over the velocity v of the nucleus along the beam, v ~ N(0, variance), barn.
-
-    A nucleus that already moves with the beam receives T (1 + M v / 2 p)^2, p the electron's momentum (Meyer 2012).
-    """
-    at_rest = max_energy_transfer_eV(symbol, voltage_kV)
-    if variance_m2_s2 == 0.0:
-        return float(knock_on_barn(symbol, threshold_eV, voltage_kV, np.array(at_rest)))
-    energy = voltage_kV * 1e3
-    momentum = math.sqrt(energy * (energy + 2.0 * REST_ENERGY_EV))
-    mass = MASSES_U[symbol] * ATOMIC_MASS_EV
-    deviation = np.linspace(-8.0, 8.0, 4001)  # the integrand has a kink at threshold: a fine trapezoid, no quadrature
-    velocity = deviation * math.sqrt(variance_m2_s2) / SPEED_OF_LIGHT_M_S
-    transfer = at_rest * (1.0 + mass * velocity / (2.0 * momentum)) ** 2
-    weight = np.exp(-0.5 * deviation**2)
-    return float(np.sum(weight * knock_on_barn(symbol, threshold_eV, voltage_kV, transfer)) / np.sum(weight))
+MANY = 4_000_000
+"""Clocks due times points from which an exposure is worked off in halves: each clock looks at every point."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """``atom`` was changed by ``process`` when the probe was at point ``point`` of the exposure."""
+    """What happened to ``atom`` by ``process`` when the probe came to point ``point`` of the exposure (-1: beam
+    blanked), at the fluence ``fluence_e_per_A2`` at its site (at its unit's centroid for radiolysis) and the clock
+    ``time_s`` (None where the exposure came without times).
+
+    ``kind``: 'removed'; 'displaced'; 'healed', back at its own site; 'hopped', where a vacancy moved: one event for the
+    atom that left its site and one for the vacant site that it filled.
+    """
 
     atom: int
     process: int
     point: int
+    fluence_e_per_A2: float
+    time_s: float | None
+    kind: Kind
+
+
+class _Due(NamedTuple):
+    """A clock that comes due at a point."""
+
+    point: int
+    process: int
+    key: int
+    clock: int
+    threshold: float
+
+
+@dataclass(frozen=True)
+class _Exposure:
+    """Electrons on the map (None: only time passes), the times of their points, the number of the first, and what is
+    due among them."""
+
+    packet: Packet | None
+    times: Array | None
+    first: int
+    queue: list[_Due]
+
+
+@dataclass(frozen=True)
+class _Now:
+    """A moment of an exposure: the point that comes with or after it and how many have been delivered."""
+
+    exposure: _Exposure
+    point: int
+    delivered: int
+    time_s: float | None
 
 
 class DamagedSpecimen:
-    """A specimen that remembers every electron. ``alive`` and ``positions_A`` are its present state.
+    """A specimen that remembers every electron. ``alive`` and ``positions_A`` are its present state, ``fluence`` the
+    map of the electrons.
 
-    Fluence is always taken at an atom's original site, so that a displacement cannot make events depend on the split.
+    Fluence is always taken at original sites, so that a displacement cannot make events depend on the split.
     """
 
     def __init__(self, specimen: Specimen, model: Damage, optics: Optics, seed: int) -> None:
@@ -133,79 +96,177 @@ class DamagedSpecimen:
         width, height = (nm_to_angstrom(side + WORLD_MARGIN_NM) for side in specimen.size_nm)
         margin = nm_to_angstrom(WORLD_MARGIN_NM)
         self.fluence = FluenceMap(optics, (-margin, -margin), (width, height))
-        random = stream(seed, "damage")
-        drawn = random.exponential(size=(2, len(specimen)))
-        self._leaves = random.random(len(specimen)) < model.radiolysis_removes
-        self._shift = nm_to_angstrom(model.radiolysis_displacement_nm) * random.standard_normal((len(specimen), 3))
-        knock_on = {symbol: model.knock_on_A2(symbol, optics.voltage_kV) for symbol in SYMBOLS.values()}
-        radiolysis = {symbol: 1.0 / fluence for symbol, fluence in model.critical_fluence_e_per_A2.items()}
-        hazards = np.stack([_per_atom(specimen, knock_on), _per_atom(specimen, radiolysis)])
-        with np.errstate(divide="ignore"):
-            # Fluence at which each process [2] hits each atom [n]; becomes inf once it has.
-            self._critical = drawn / hazards
-        self._critical[:, ~specimen.alive] = np.inf
-        self._next = self._critical.min(axis=0)
+        self._model, self._seed = model, seed
+        self._keys = draws.identities(specimen.positions_A, specimen.atomic_numbers)
+        self._clocks = Clocks(specimen, model, optics.voltage_kV, seed, self._keys)
+        self._vacancies = Vacancies(specimen, model, seed, self._keys) if model.migration.on else None
 
-    def expose(self, points_A: Array, electrons_per_point: float) -> list[Event]:
-        """Deliver ``electrons_per_point`` at each of ``points_A`` [m, 2] in order; the changes, in order of time."""
-        points = np.asarray(points_A).reshape(-1, 2)
-        if not len(points):
+    def expose(self, points_A: Array, electrons: ArrayLike, times_s: Array | None = None) -> list[Event]:
+        """Deliver ``electrons`` (one number, or one for each point) at each of ``points_A`` [m, 2] in order, at the
+        clock ``times_s`` [m], ascending; the changes, in order of time. Raises BadInput for electrons that are negative
+        or not finite, and, where vacancies heal or move, for times that are missing."""
+        points = np.asarray(points_A, dtype=np.float64).reshape(-1, 2)
+        amount = np.broadcast_to(np.asarray(electrons, dtype=np.float64).reshape(-1), len(points))
+        if not (np.isfinite(amount).all() and (amount >= 0.0).all()):
+            raise BadInput("electrons of an exposure are negative or not finite", "deliver 0 electrons or more")
+        if times_s is None and self._vacancies is not None:
+            raise BadInput("vacancies that heal or move need the time of every point", "give times_s")
+        times = None if times_s is None else np.asarray(times_s, dtype=np.float64).reshape(len(points))
+        return self._deliver(self.fluence.packet(points, amount), times, 0) if len(points) else []
+
+    def idle(self, seconds_from: float, seconds_to: float) -> list[Event]:
+        """Let the clock run from ``seconds_from`` to ``seconds_to`` with the beam blanked; the changes in order."""
+        if self._vacancies is None:
             return []
-        self.fluence.deposit(points, electrons_per_point)
-        atoms = self._within_reach(points)
-        if not len(atoms):
-            return []
-        sites = self.specimen.positions_A[:, :2]
-        atoms = atoms[self.fluence.ceiling_at(sites[atoms]) >= self._next[atoms]]
-        events = []
-        x, y = np.ascontiguousarray(points.T)
-        for atom, fluence in zip(atoms, self.fluence.at(sites[atoms]), strict=True):
-            for process in np.flatnonzero(self._critical[:, atom] <= fluence):
-                excess = fluence - self._critical[process, atom]
-                point = self._point_of_excess(sites[atom], x, y, float(excess) / electrons_per_point)
-                events.append(Event(int(atom), int(process), point))
-        events.sort(key=lambda event: (event.point, event.atom, event.process))
-        return [event for event in events if self._happens(event)]
+        if seconds_to < seconds_from:
+            raise BadInput(f"the clock cannot run from {seconds_from} s back to {seconds_to} s", "let time go on")
+        return self._replay(_Exposure(None, np.array([seconds_to]), -1, []))
 
     def apply(self, event: Event, alive: NDArray[np.bool_], positions_A: Array) -> None:
         """Make the change of ``event`` in the given arrays."""
-        if event.process == KNOCK_ON or self._leaves[event.atom]:
-            alive[event.atom] = False
-        else:
-            positions_A[event.atom] += self._shift[event.atom]
+        if event.kind == "displaced":
+            positions_A[event.atom] += self._shift_A(event.atom)
+            return
+        alive[event.atom] = event.kind == "healed" or (event.kind == "hopped" and not alive[event.atom])
+        if alive[event.atom]:
+            positions_A[event.atom] = self.specimen.positions_A[event.atom]
 
-    def _happens(self, event: Event) -> bool:
-        """Apply ``event`` to the present state, unless its atom has gone already."""
-        if not self.alive[event.atom]:
-            return False
+    # ------------------------------------------------------------ inside
+
+    def _deliver(self, packet: Packet, times: Array | None, first: int) -> list[Event]:
+        """Expose ``packet``, whose points count from ``first``."""
+        self.fluence.add(packet)
+        due = self._due(packet)
+        if len(due) * len(packet) > MANY and len(packet) > 1:
+            self.fluence.remove(packet)
+            half = len(packet) // 2
+            early, late = (None, None) if times is None else (times[:half], times[half:])
+            events = self._deliver(packet.part(0, half), early, first)
+            return events + self._deliver(packet.part(half, len(packet)), late, first + half)
+        exposure = _Exposure(packet, times, first, [])
+        for clock in due:
+            self._schedule(exposure, int(clock))
+        return self._replay(exposure)
+
+    def _due(self, packet: Packet) -> NDArray[np.int64]:
+        """Clocks that may have come due: all that have, and some that have not."""
+        low, high = self.fluence.bounds_A(packet)
+        clocks = self._clocks.running(low, high)
+        return clocks[self.fluence.may_reach(self._clocks.site_A[clocks], self._clocks.critical[clocks])]
+
+    def _schedule(self, exposure: _Exposure, clock: int) -> None:
+        """Queue a clock that comes due in this exposure. At one point the order is by process, then by atom."""
+        if exposure.packet is None:
+            return
+        threshold = float(self._clocks.critical[clock])
+        point = self.fluence.first_reaching(self._clocks.site_A[clock], threshold, exposure.packet)
+        if point is not None:
+            key = int(self._keys[self._clocks.of(clock)[0]])
+            heapq.heappush(exposure.queue, _Due(point, int(self._clocks.process[clock]), key, clock, threshold))
+
+    def _replay(self, exposure: _Exposure) -> list[Event]:
+        """Let everything that is due happen in its order. What falls into the time before a point comes before it."""
+        events: list[Event] = []
+        while True:
+            moment, point = self._next_moment(exposure)
+            if moment is not None and (not exposure.queue or point <= exposure.queue[0].point):
+                events += self._after_waiting(_Now(exposure, point, point, moment.time_s), moment)
+            elif exposure.queue:
+                due = heapq.heappop(exposure.queue)
+                if self._clocks.critical[due.clock] == due.threshold:
+                    time = None if exposure.times is None else float(exposure.times[due.point])
+                    events += self._hit(_Now(exposure, due.point, due.point + 1, time), due)
+            else:
+                return events
+
+    def _next_moment(self, exposure: _Exposure) -> tuple[Moment | None, int]:
+        """What happens next to a vacancy in the time of this exposure, and the first point after it."""
+        moment = self._vacancies.next() if self._vacancies is not None else None
+        if moment is None or exposure.times is None or moment.time_s > exposure.times[-1]:
+            return None, 0
+        return moment, int(np.searchsorted(exposure.times, moment.time_s))
+
+    def _hit(self, now: _Now, due: _Due) -> list[Event]:
+        """What the beam does when a clock is due."""
+        self._clocks.critical[due.clock] = np.inf
+        atoms = [int(atom) for atom in self._clocks.of(due.clock)]
+        if due.process == HOP:
+            return self._hop(now, atoms[0], due.threshold)
+        events = []
+        for atom in atoms:
+            if self.alive[atom]:
+                leaves = due.process == KNOCK_ON or self._leaves(atom)
+                events.append(self._make(now, atom, due.process, due.threshold, "removed" if leaves else "displaced"))
+                if leaves:
+                    self._vacate(now, atom, heals=True)
+        return events
+
+    def _after_waiting(self, now: _Now, moment: Moment) -> list[Event]:
+        """A vacancy heals or hops of itself."""
+        fluence = self._fluence(now, moment.atom)
+        if moment.process == HOP:
+            return self._hop(now, moment.atom, fluence)
+        event = self._make(now, moment.atom, HEALING, fluence, "healed")
+        self._fill(now, moment.atom)
+        return [event]
+
+    def _hop(self, now: _Now, atom: int, fluence: float) -> list[Event]:
+        """The vacancy at the site ``atom`` moves on, if there is an atom to change places with."""
+        assert self._vacancies is not None
+        partner = self._vacancies.destination(atom, self.alive)
+        heals = self._vacancies.close(atom)
+        if partner is None:
+            self._vacate(now, atom, heals)
+            return []
+        events = [self._make(now, site, HOP, fluence, "hopped") for site in (partner, atom)]
+        self._vacate(now, partner, heals)
+        self._fill(now, atom)
+        return events
+
+    def _make(self, now: _Now, atom: int, process: int, fluence: float, kind: Kind) -> Event:
+        """The event, which happens."""
+        event = Event(atom, process, now.exposure.first + now.point, fluence, now.time_s, kind)
         self.apply(event, self.alive, self.positions_A)
-        gone = not self.alive[event.atom]
-        self._critical[slice(None) if gone else event.process, event.atom] = np.inf
-        self._next[event.atom] = self._critical[:, event.atom].min()
-        return True
+        return event
 
-    def _within_reach(self, points: Array) -> NDArray[np.int64]:
-        """Atoms that can still be hit and lie within the probe's tails of ``points``."""
-        reach = self.fluence.reach_A
-        low, high = points.min(axis=0) - reach, points.max(axis=0) + reach
-        sites = self.specimen.positions_A[:, :2]
-        near = np.isfinite(self._next) & np.all((sites > low) & (sites < high), axis=1)
-        return np.flatnonzero(near)
+    def _vacate(self, now: _Now, atom: int, heals: bool) -> None:
+        """The site ``atom`` has become vacant."""
+        self._stop(KNOCK_ON, atom)
+        if self._vacancies is not None and now.time_s is not None:
+            self._vacancies.open(atom, now.time_s, heals)
+            self._restart(now, HOP, atom)
 
-    def _point_of_excess(self, site: Array, x: Array, y: Array, excess: float) -> int:
-        """Index of the point (``x``, ``y``) from which on ``site`` received its last ``excess``, fluence per electron
-        of a point."""
-        dx, dy = x - site[0], y - site[1]
-        near = np.flatnonzero((np.abs(dx) < self.fluence.reach_A) & (np.abs(dy) < self.fluence.reach_A))
-        if not len(near):
-            return 0  # only rounding brought the fluence to its threshold just now
-        gains = self.fluence.gains(site, x[near], y[near])
-        later = np.cumsum(gains[::-1])[::-1]
-        return int(near[max(0, int(np.count_nonzero(later > excess)) - 1)])
+    def _fill(self, now: _Now, atom: int) -> None:
+        """The site ``atom`` is occupied again."""
+        assert self._vacancies is not None
+        self._vacancies.close(atom)
+        self._stop(HOP, atom)
+        self._restart(now, KNOCK_ON, atom)
 
+    def _stop(self, process: int, atom: int) -> None:
+        clock = self._clocks.single(process, atom)
+        if clock is not None:
+            self._clocks.critical[clock] = np.inf
 
-def _per_atom(specimen: Specimen, by_symbol: Mapping[str, float]) -> Array:
-    table = np.zeros(max(SYMBOLS) + 1)
-    for number, symbol in SYMBOLS.items():
-        table[number] = by_symbol.get(symbol, 0.0)
-    return np.asarray(table[specimen.atomic_numbers])
+    def _restart(self, now: _Now, process: int, atom: int) -> None:
+        """Draw a new threshold from the present fluence on: the exponential law has no memory."""
+        clock = self._clocks.single(process, atom)
+        if clock is None or self._vacancies is None:
+            return
+        drawn = draws.exponential(self._seed, ROLES[process], self._keys[[atom]], self._vacancies.turn[atom])[0]
+        fluence = self._fluence(now, atom)
+        due = fluence + float(drawn) / self._clocks.hazard_A2[process][atom]
+        self._clocks.critical[clock] = max(due, np.nextafter(fluence, np.inf))
+        self._schedule(now.exposure, clock)
+
+    def _fluence(self, now: _Now, atom: int) -> float:
+        """Fluence at the site of ``atom`` now, e/A^2."""
+        return self.fluence.before(self.specimen.positions_A[atom, :2], now.exposure.packet, now.delivered)
+
+    def _leaves(self, atom: int) -> bool:
+        share = self._model.removed_share(SYMBOLS[int(self.specimen.atomic_numbers[atom])])
+        return bool(draws.uniform(self._seed, "damage-leaves", self._keys[[atom]])[0] < share)
+
+    def _shift_A(self, atom: int) -> Array:
+        sigma = nm_to_angstrom(self._model.radiolysis_displacement_nm)
+        return np.asarray(sigma * draws.normal(self._seed, "damage-shift", self._keys[[atom]])[0])

@@ -8,14 +8,12 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.stats import binom
 
-from simulators.damage import (
-    KNOCK_ON,
-    Damage,
-    DamagedSpecimen,
+from simulators.cross_sections import (
     knock_on_barn,
     max_energy_transfer_eV,
     thermal_knock_on_barn,
 )
+from simulators.damage import KNOCK_ON, Damage, DamagedSpecimen
 from simulators.fluence import FluenceMap
 from simulators.optics import Optics, velocity_ratio, wavelength_A
 from simulators.specimens.sheets import Graphene, Mos2, SulphurVacancies
