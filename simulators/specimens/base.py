@@ -47,7 +47,7 @@ class Specimen:
     ``arrays``: further labels per atom, name -> [n, ...] (e.g. 'polarisation' [n, 2] angstrom, 'tilt_deg' [n, 3],
     'domain', 'phase', 'ring'); NaN or -1 where a label does not apply. ``fields``: labels of places, name -> function
     of positions [..., 2] nm. ``material`` names the class of material (for damage presets). ``zone_axis``: columns
-    are seen end on.
+    are seen end on. ``target_sites``: the sites whose columns are targets (empty: all).
     """
 
     positions_A: Vectors
@@ -64,6 +64,7 @@ class Specimen:
     fields: Mapping[str, FieldLabel] = field(default_factory=dict)
     material: str = ""
     zone_axis: bool = True
+    target_sites: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.positions_A)
@@ -87,7 +88,9 @@ class Specimen:
         """
         if kind not in TARGET_KINDS:
             raise BadInput(f"this specimen has no target objects of kind {kind!r}", "ask for 'atom' or 'vacancy'")
-        order = np.lexsort((-self.atomic_numbers, self.column_id))  # a column's heaviest atom speaks for it
+        wanted = np.isin(self.site, self.target_sites) | (not self.target_sites)
+        atoms = np.flatnonzero(np.isin(self.column_id, self.column_id[wanted]))
+        order = atoms[np.lexsort((-self.atomic_numbers[atoms], self.column_id[atoms]))]  # a column's heaviest speaks
         _, start, inverse = np.unique(self.column_id[order], return_index=True, return_inverse=True)
         left = np.bincount(inverse, weights=self.alive[order]).astype(int)
         full = np.bincount(inverse)
@@ -127,6 +130,7 @@ def assemble(
     fields: Mapping[str, FieldLabel] | None = None,
     material: str = "",
     zone_axis: bool = True,
+    target_sites: tuple[str, ...] = (),
 ) -> Specimen:
     """A specimen with defaults filled in: every atom its own column and bond unit, its symbol its site, no defects.
 
@@ -162,6 +166,7 @@ def assemble(
         fields=dict(fields or {}),
         material=material,
         zone_axis=zone_axis,
+        target_sites=target_sites,
     )
     per_atom = ("alive", "column_id", "site", "defect", "defect_id", "unit")
     wrong = [name for name in per_atom if len(getattr(specimen, name)) != n]

@@ -17,7 +17,7 @@ from aecontrol.types import Model
 from aecontrol.units import angstrom_to_nm, nm_to_angstrom
 
 from .base import MARGIN_NM, SizeNm, Vectors, tile
-from .honeycomb import GRAPHENE_A, HEXAGONAL, HONEYCOMB, Indices, relax
+from .honeycomb import GRAPHENE_A, HEXAGONAL, HONEYCOMB, Indices, gather, relax
 
 Distance = Callable[[Vectors], Vectors]
 HEXAGON = 2 * HONEYCOMB[1:]
@@ -100,9 +100,7 @@ def _evened(centres: Vectors, distance: Distance) -> Vectors:
         length = np.linalg.norm(step, axis=1)
         whole = length < 1.7 * GRAPHENE_A  # not along the ragged ends
         pull = np.where(whole, 0.075 * (1.0 - GRAPHENE_A / length), 0.0)[:, None] * step  # each edge counts twice
-        force = np.zeros_like(centres)
-        np.add.at(force, ends[:, 0], pull)
-        np.add.at(force, ends[:, 1], -pull)
+        force = gather(ends[:, 0], pull, len(centres)) - gather(ends[:, 1], pull, len(centres))
         centres = centres + near[:, None] * force
     return centres
 

@@ -35,12 +35,12 @@ def bonds_of(flat_A: Vectors) -> Indices:
 
 def neighbours(bonds: Indices, n: int) -> Indices:
     """Table [n, 3] of the atoms that each atom is bonded to, in ascending order, -1 where there is none."""
-    both = np.concatenate([bonds, bonds[:, ::-1]])
-    both = both[np.lexsort((both[:, 1], both[:, 0]))]
-    count = np.bincount(both[:, 0], minlength=n)
-    slot = np.arange(len(both)) - (np.cumsum(count) - count)[both[:, 0]]
+    first, second = bonds.T
+    start, end = np.divmod(np.sort(np.concatenate([first * n + second, second * n + first])), max(n, 1))
+    count = np.bincount(start, minlength=n)
+    slot = np.arange(len(start)) - (np.cumsum(count) - count)[start]
     table = np.full((n, 3), -1, dtype=np.int64)
-    table[both[:, 0], slot] = both[:, 1]
+    table[start, slot] = end
     return table
 
 
@@ -145,47 +145,44 @@ def _key(pairs: Indices, n: int) -> Indices:
     return np.asarray(pairs.min(axis=1) * n + pairs.max(axis=1))
 
 
-def relax(flat_A: Vectors, bonds: Indices, movable: NDArray[np.bool_], steps: int = 80) -> Vectors:
+def relax(flat_A: Vectors, bonds: Indices, movable: NDArray[np.bool_], steps: int = 60) -> Vectors:
     """Positions [n, 2] after ``movable`` [n] atoms gave way to springs; the others stay.
 
     A spring of rest length BOND_A along each bond, a weak one of GRAPHENE_A between two neighbours of an atom;
     gradient descent with Nesterov momentum, no atom moving more than 0.2 angstrom a step.
     """
     flat = flat_A.copy()
-    free = np.flatnonzero(movable)
-    if not len(free):
+    if not movable.any():
         return flat
-    pairs, rest, stiffness = _springs(bonds, movable)
-    local = np.full(len(flat), -1)
-    local[free] = np.arange(len(free))
-    ends = local[pairs]
-    at, before = flat[free], flat[free]
+    touching = bonds[movable[bonds].any(axis=1)]
+    involved = np.zeros(len(flat), dtype=bool)
+    involved[touching] = True  # second neighbours of a movable atom hang on one of these
+    near = bonds[involved[bonds].any(axis=1)]
+    used, near = np.unique(near, return_inverse=True)
+    free = movable[used]
+    pairs, rest, stiffness = _springs(near.reshape(-1, 2), free)
+    at = before = flat[used]
     for _ in range(steps):
         ahead = at + 0.85 * (at - before)
-        flat[free] = ahead
-        step = flat[pairs[:, 1]] - flat[pairs[:, 0]]
-        distance = np.linalg.norm(step, axis=1)
+        step = ahead[pairs[:, 1]] - ahead[pairs[:, 0]]
+        distance = np.sqrt(step[:, 0] ** 2 + step[:, 1] ** 2)
         pull = (stiffness * (1.0 - rest / np.maximum(distance, 0.1)))[:, None] * step
-        force = _gather(ends[:, 0], pull, len(free)) - _gather(ends[:, 1], pull, len(free))
-        before, at = at, ahead + np.clip(0.2 * force, -0.2, 0.2)
-    flat[free] = at
+        force = gather(pairs[:, 0], pull, len(used)) - gather(pairs[:, 1], pull, len(used))
+        before, at = at, ahead + free[:, None] * np.clip(0.2 * force, -0.2, 0.2)
+    flat[used] = at
     return flat
 
 
 def _springs(bonds: Indices, movable: NDArray[np.bool_]) -> tuple[Indices, Vectors, Vectors]:
     """Pairs with a movable end, their rest lengths (angstrom) and stiffnesses."""
     table = neighbours(bonds, len(movable))
-    table = table[np.any(movable[table] & (table >= 0), axis=1)]
     second = np.concatenate([table[:, [0, 1]], table[:, [0, 2]], table[:, [1, 2]]])
-    second = second[(second >= 0).all(axis=1)]
-    pairs = np.concatenate([bonds, second])
-    is_bond = np.arange(len(pairs)) < len(bonds)
+    pairs = np.concatenate([bonds, second[(second >= 0).all(axis=1)]])
     kept = movable[pairs].any(axis=1)
-    is_bond = is_bond[kept]
+    is_bond = (np.arange(len(pairs)) < len(bonds))[kept]
     return pairs[kept], np.where(is_bond, BOND_A, GRAPHENE_A), np.where(is_bond, 1.0, BENDING)
 
 
-def _gather(index: Indices, vectors: Vectors, n: int) -> Vectors:
-    """Sum of ``vectors`` [m, 2] over equal ``index`` [m]; an index of -1 is left out."""
-    kept = index >= 0
-    return np.column_stack([np.bincount(index[kept], weights=vectors[kept, axis], minlength=n) for axis in (0, 1)])
+def gather(index: Indices, vectors: Vectors, n: int) -> Vectors:
+    """Sum [n, 2] of ``vectors`` [m, 2] over equal ``index`` [m]."""
+    return np.column_stack([np.bincount(index, weights=vectors[:, axis], minlength=n) for axis in (0, 1)])

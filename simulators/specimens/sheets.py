@@ -296,8 +296,10 @@ class Graphene(Model):
         bonds = bonds_of(flat)
         defect = np.full(len(flat), "", dtype="<U11")
         if self.boundary is not None:
-            ring = rings(flat, bonds)
-            defect[(ring > 0) & (ring != 6)] = "boundary"
+            off = np.abs(self.boundary.distance_nm(angstrom_to_nm(1.0) * flat, self.size_nm))
+            near = np.flatnonzero(off < 2.0)  # the boundary's rings are all closer
+            ring = rings(flat[near], bonds_of(flat[near]))
+            defect[near[(ring > 0) & (ring != 6)]] = "boundary"
         gone, rim = cut(bonds, self._vacuum(angstrom_to_nm(1.0) * flat))
         defect[rim] = "edge"
         if gone.all():
