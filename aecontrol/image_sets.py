@@ -133,5 +133,3 @@ def _writer() -> Any:
             "write .npz, or pip install -c constraints.txt -e '.[files]'",
         ) from error
     return file_writer
-
-

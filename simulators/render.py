@@ -353,8 +353,9 @@ def _bell_polynomials() -> tuple[Array, Array, Array]:
     t = 0.5 - 0.5 * np.cos(math.pi * (np.arange(200) + 0.5) / 200)
     taps = [bell(t - place) for place in (-1.0, 0.0, 1.0, 2.0)]
     left, right = taps[0] + taps[1], taps[2] + taps[3]
-    fits = [np.polynomial.Polynomial.fit(t, values, 10).convert().coef for values in (right, taps[3] / right, left)]
-    return fits[0], fits[1], fits[2]
+    fits = (np.polynomial.Polynomial.fit(t, values, 10).convert().coef for values in (right, taps[3] / right, left))
+    sum_right, share, sum_left = (np.asarray(fit, dtype=np.float64) for fit in fits)
+    return sum_right, share, sum_left
 
 
 def _polynomial(coefficients: Array, t: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,8 @@ class _View:
     @property
     def projection(self) -> Steps:
         """[3, 2] integer map that is equal for sites of one column."""
-        return np.rint(self.frame[:2] / np.abs(self.frame[:2]).max(axis=1, keepdims=True)).astype(np.int64).T
+        steps = self.frame[:2] / np.abs(self.frame[:2]).max(axis=1, keepdims=True)
+        return np.asarray(np.rint(steps).astype(np.int64).T)
 
 
 VIEWS: Mapping[str, _View] = {
@@ -83,7 +84,7 @@ class Sites:
     @property
     def names(self) -> NDArray[np.str_]:
         """Sublattice of each site, 'A', 'B' or 'O' [n]."""
-        return np.array(["B", "O", "", "A"])[(self.half % 2).sum(axis=1)]
+        return np.asarray(np.array(["B", "O", "", "A"])[(self.half % 2).sum(axis=1)])
 
     def at(self, place_A: Vectors) -> Vectors:
         """Specimen positions of pc positions [n, 3], angstrom."""
@@ -208,7 +209,7 @@ class SrTiO3(Model):
         ):
             missing |= (names == site) & (stream(seed, "specimen", step).random(len(names)) < fraction)
         place = Tilted(
-            lambda half: 0.5 * SRTIO3_A * half,
+            lambda half: np.asarray(0.5 * SRTIO3_A * half),
             lambda half: glazer_rotations(half // 2, np.asarray(self.tilt_deg), self.tilt_signs),
         )
         pure = {"A": {"Sr": 1.0}, "B": {"Ti": 1.0}, "O": {"O": 1.0}}
@@ -269,13 +270,13 @@ def _catio3() -> tuple[Vectors, Vectors]:
     a, b, c = CATIO3_CELL_A
     inequivalent = [(-0.00676, 0.03602, 0.25), (0.0, 0.5, 0.0), (0.0714, 0.4838, 0.25), (0.7108, 0.2888, 0.0371)]
     # ASE knows the group as Pnma, whose axes are b, c, a of Pbnm
-    cell = crystal(  # type: ignore[no-untyped-call]
+    cell = crystal(
         ["Ca", "Ti", "O", "O"],
         [(y, z, x) for x, y, z in inequivalent],
         spacegroup=62,
         cellpar=[b, c, a, 90, 90, 90],
     )
-    pbnm = cell.get_scaled_positions()[:, [2, 0, 1]] - (0.0, 0.5, 0.0)  # B on the origin
+    pbnm = (cell.positions / (b, c, a))[:, [2, 0, 1]] - (0.0, 0.5, 0.0)  # B on the origin
     in_pc = np.array([[1.0, 1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 2.0]])  # Pbnm axes in pc steps
     half = np.rint(2.0 * pbnm @ in_pc).astype(np.int64)
     edges = np.array([[a, a, 0.0], [-b, b, 0.0], [0.0, 0.0, np.sqrt(2) * c]]) / np.sqrt(2)
@@ -344,7 +345,7 @@ class CaTiO3OnLsat(Model):
         return sites.only(np.all((flat >= -MARGIN_NM) & (flat <= np.asarray(self.size_nm) + MARGIN_NM), axis=1))
 
     def _straight(self, half: Steps) -> Vectors:
-        positions = 0.5 * LSAT_A * half
+        positions = np.array(half, dtype=np.float64) * (0.5 * LSAT_A)
         squeezed = 0.5 * (nm_to_angstrom(self.film_spacing_nm) - LSAT_A)
         positions[:, 2] += squeezed * np.maximum(half[:, 2] - INTERFACE, 0)
         return positions
