@@ -10,6 +10,8 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,6 +127,42 @@ def inspect(
 
 
 @app.command()
+def simulate(
+    config: Annotated[Path, typer.Argument(help="a simulation's TOML file; see configs/simulate_*.toml")],
+    out: Annotated[Path, typer.Option(help="file to write: .npz, or .hspy with the extra 'files'")],
+    workers: Annotated[int, typer.Option(min=1, help="processes that share a training set's shards (dask)")] = 1,
+    device: Device = "auto",
+    json_out: Json = False,
+) -> None:
+    """Render a specimen with its ground truth: one image, a series that the beam damages, or a training set."""
+    from aecontrol.simulate import simulate as carry_out
+
+    with _bar("simulating", json_out) as progress:
+        made = carry_out(config, out, _torch_device(device), workers, progress)
+    if json_out:
+        print(json.dumps(made))
+        return
+    print(f"{made['file']}{' and more' if len(made['files']) > 1 else ''}: {made['shape']}, {made['atoms']} sites")
+    for line in made["assumptions"]:
+        print(f"  assumed: {line}")
+
+
+@app.command()
+def gallery(
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("gallery"),
+    specimen: Annotated[str | None, typer.Option(help="only this kind")] = None,
+    device: Device = "auto",
+) -> None:
+    """One picture of every specimen: a noisy frame, the ideal image with its atoms, and what is true."""
+    from aecontrol.simulate import gallery as draw
+
+    with _bar("drawing", False) as progress:
+        made = draw(out, specimen, _torch_device(device), progress)
+    for path in made:
+        print(path)
+
+
+@app.command()
 def schema() -> None:
     """JSON schema of a session's configuration, with every installed driver, policy and perceiver."""
     from aecontrol.config import json_schema
@@ -172,6 +210,24 @@ def train_atoms_command(
 
         card = train_from_toml(config, out, show)
     print(json.dumps(card) if json_out else f"{out}: {json.dumps(card.get('metrics', card), indent=1)}")
+
+
+@contextmanager
+def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, told of by its yield."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True, quiet=quiet)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _torch_device(device: str) -> str:
+    from aecontrol.perception.device import resolve
+
+    _check_device(device)
+    return resolve(device)
 
 
 def _check_device(device: str) -> None:

@@ -24,6 +24,7 @@ GROUPS = {
     "policy": "aecontrol.policies",
     "perceiver": "aecontrol.perceivers",
     "scenes": "aecontrol.scenes",
+    "simulation": "aecontrol.simulations",
 }
 
 
@@ -33,7 +34,7 @@ def _points(role: str) -> Mapping[str, EntryPoint]:
 
 
 def kinds(role: str) -> tuple[str, ...]:
-    """Names of all installed parts of a role ('driver', 'specimen', 'policy', 'perceiver', 'scenes')."""
+    """Names of all installed parts of a role ('driver', 'specimen', 'policy', 'perceiver', 'scenes', 'simulation')."""
     return tuple(_points(role))
 
 

@@ -133,24 +133,23 @@ class SimulatedColumn:
         before = self._body.alive.copy(), self._body.positions_A.copy()
         electrons, points_nm, events = self._deliver(ordinal, region)
         images = self._images(region, points_nm, before, events)
-        lines_s = self._scan.line_starts_s(region)
-        gain = 1.0 + self._scan.charging.gain * self._scan.charging.after(charge, lines_s, beam_on=True)
-        per_pixel = electrons / self._scan.beam_on_s(region) * region.dwell_time_s
-        channels, flags = {}, []
-        for name, detector in self._detectors.items():
-            fraction = (images[name] + np.float32(self._renderer.vacuum[name])) * gain[:, None]
-            random = stream(self._seed, f"scan-noise {name}", ordinal)
-            channels[name], saturated = detector.read(fraction, per_pixel, random)
-            flags += ["saturated"] if saturated >= SATURATED_SHARE and "saturated" not in flags else []
+        channels, flags = self._read(ordinal, region, images, electrons, charge)
         return Pulse(
             channels=channels,
             electrons=electrons,
             pixels=region.pixels,
             seconds=self._scan.frame_s(region),
             started_s=started_s,
-            flags=tuple(flags),
+            flags=flags,
             validity=self._renderer.validity(self._born.thickness_nm, self._born.zone_axis),
         )
+
+    def preview(self, ordinal: int, region: ScanRegion) -> Images:
+        """The frame that firing now would give if the beam harmed nothing, noise and all; nothing is exposed. For
+        training sets only."""
+        points_nm = self._scan.positions_nm(region, self.clock_s, self._seed, ordinal, self._charge)
+        images = self._atoms(None, self._body.alive, self._body.positions_A, points_nm, region.rotation_rad)
+        return self._read(ordinal, region, images, self._electrons(ordinal, region), self._charge)[0]
 
     def absorb(self, ordinal: int, region: ScanRegion) -> None:
         """Account in full for a shot that an earlier process fired: fluence, atoms, clock and meter, but no image."""
@@ -219,6 +218,21 @@ class SimulatedColumn:
             self.clock_s += seconds
             self._charge = float(self._scan.charging.after(self._charge, seconds, beam_on=True))
         return electrons, points_nm, events
+
+    def _read(
+        self, ordinal: int, region: ScanRegion, images: Images, electrons: int, charge: float
+    ) -> tuple[Images, tuple[str, ...]]:
+        """What the detectors make of what the atoms scatter, and what is wrong with it."""
+        charging = self._scan.charging
+        gain = 1.0 + charging.gain * charging.after(charge, self._scan.line_starts_s(region), beam_on=True)
+        per_pixel = electrons / self._scan.beam_on_s(region) * region.dwell_time_s
+        channels, worst = {}, 0.0
+        for name, detector in self._detectors.items():
+            fraction = (images[name] + np.float32(self._renderer.vacuum[name])) * gain[:, None]
+            random = stream(self._seed, f"scan-noise {name}", ordinal)
+            channels[name], saturated = detector.read(fraction, per_pixel, random)
+            worst = max(worst, saturated)
+        return channels, ("saturated",) if worst >= SATURATED_SHARE else ()
 
     def _electrons(self, ordinal: int, region: ScanRegion) -> int:
         """Whole electrons of the shot: the true current wanders about the declared one."""
