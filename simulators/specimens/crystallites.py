@@ -19,8 +19,8 @@ METAL = {"Au": "Au", "Pt": "Pt", "CeO2": "Ce"}
 CUT_100 = {"truncated_octahedron": 1.15, "octahedron": math.sqrt(3.0)}
 """Distance of the {100} facets from the centre over that of the {111}; 1.15 (assumed) is near that of fcc metals."""
 FCC = np.array([[0, 0, 0], [0, 2, 2], [2, 0, 2], [2, 2, 0]])
-FLUORITE = np.concatenate([FCC, np.array(list(itertools.product((1, 3), repeat=3)))])
-"""Sites in a cubic cell in quarters of the lattice constant; the O of fluorite come after the metal."""
+OXYGEN = np.array(list(itertools.product((-1, 1), repeat=3)))
+"""Sites of a face-centred cell, and steps from a metal atom of fluorite to its O, in quarters of the lattice constant."""
 AXES = np.array([axis for axis in itertools.product((-1, 0, 1), repeat=3) if any(axis)])
 """All directions <100>, <110> and <111>."""
 
@@ -31,18 +31,22 @@ def crystallite(
     """A crystal as large as a ball of ``diameter_A``, its centre at random in the cell, its axes along the cubic ones.
 
     Returns the sites [n, 3] in quarters of the lattice constant, positions [n, 3] from the centre (angstrom) and
-    atomic numbers [n]. CeO2 is cut without regard to its composition, which may be a few per cent off.
+    atomic numbers [n]. In CeO2 the shape is cut from the metal; an O stays that has three of its four Ce, so that
+    {111} facets end with O.
     """
     reach = math.ceil(0.75 * diameter_A / LATTICE_A[material]) + 1  # the tip of an octahedron is at 0.73 diameters
     steps = 4 * np.arange(-reach, reach + 1)
-    basis = FLUORITE if material == "CeO2" else FCC
     corners = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 1, 3)
-    sites = (corners + basis).reshape(-1, 3)
-    is_metal = np.tile(np.arange(len(basis)) < len(FCC), len(corners))
-    positions = 0.25 * LATTICE_A[material] * (sites - 4.0 * random.random(3))
-    inside = _inside(positions, shape, diameter_A)
-    numbers = np.where(is_metal[inside], NUMBERS[METAL[material]], NUMBERS["O"])
-    return sites[inside], positions[inside], numbers
+    metal = (corners + FCC).reshape(-1, 3)
+    quarter_A, centre = 0.25 * LATTICE_A[material], 4.0 * random.random(3)
+    metal = metal[_inside(quarter_A * (metal - centre), shape, diameter_A)]
+    oxygen = metal[:0]
+    if material == "CeO2":
+        oxygen, bonded = np.unique((metal[:, None, :] + OXYGEN).reshape(-1, 3), axis=0, return_counts=True)
+        oxygen = oxygen[bonded >= 3]
+    sites = np.concatenate([metal, oxygen])
+    numbers = np.repeat([NUMBERS[METAL[material]], NUMBERS["O"]], [len(metal), len(oxygen)])
+    return sites, quarter_A * (sites - centre), numbers
 
 
 def _inside(positions: Vectors, shape: Shape, diameter_A: float) -> NDArray[np.bool_]:

@@ -67,7 +67,7 @@ class Structure(Model):
         if not Path(self.path).is_file():
             raise BadInput(f"structure file {self.path} is not there", "give a path from the current folder")
         try:
-            atoms = cast("Atoms", read(self.path, index=-1))  # type: ignore[no-untyped-call]  # ASE is partly typed
+            atoms = cast("Atoms", read(self.path, index=-1))
         except Exception as error:  # each format of ASE fails in its own way
             raise BadInput(f"ASE cannot read {self.path}: {error!r}", "give a crystal structure") from error
         if not len(atoms):
