@@ -14,7 +14,8 @@ from aecontrol.types import Model, Positive
 from aecontrol.units import angstrom_to_nm, nm_to_angstrom
 
 from .base import SizeNm, Specimen, Vectors, assemble
-from .perovskites import Rotation, Thickness, atomic_numbers, perovskite_sites
+from .perovskites import Rotation, Thickness
+from .sites import atomic_numbers, perovskite_sites
 
 
 @dataclass(frozen=True)

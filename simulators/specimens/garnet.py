@@ -21,7 +21,8 @@ LITHIUM_4 = (3 / 8, 0.0, 1 / 4)
 """Four O neighbours; 24 sites in a cell."""
 LITHIUM_6 = (0.0972, 0.6853, 0.5769)
 """Six O neighbours, off the centre; 96 sites in a cell, in pairs. Recalled, not checked against the refinement."""
-LITHIUM_PER_ZIRCONIUM = 3.5
+FILLED_SHARE = 56 / 120
+"""Share of the Li sites that hold Li."""
 NEAREST_LITHIUM_A = 2.0
 """No two Li are closer than this. The two sites of a pair are 0.8 angstrom, the two kinds 1.6 angstrom apart."""
 NEXT_FOURFOLD_A = 4.2
@@ -92,7 +93,7 @@ def _occupied(
     neighbours = np.flatnonzero(fourfold)[tree.query_pairs(NEXT_FOURFOLD_A, output_type="ndarray")]
     rank = stream(seed, "specimen").random(len(lithium)) + fourfold
     filled = _in_turn(rank, np.concatenate([close, neighbours]))
-    wanted = round(LITHIUM_PER_ZIRCONIUM * np.count_nonzero(numbers == 40))
+    wanted = round(FILLED_SHARE * len(lithium))
     spare = np.flatnonzero(filled)[np.argsort(-rank[filled])][wanted:]
     filled[spare] = False
     occupied = np.asarray(numbers != 3)

@@ -15,7 +15,8 @@ from aecontrol.units import angstrom_to_nm, nm_to_angstrom
 
 from ..streams import stream
 from .base import SizeNm, Specimen, Vectors, assemble, tile
-from .perovskites import Rotation, Sites, Thickness, atomic_numbers, perovskite_sites
+from .perovskites import Rotation, Thickness
+from .sites import Sites, atomic_numbers, perovskite_sites
 from .tilts import Steps
 
 LSMO_A = 3.88
