@@ -81,4 +81,4 @@ def variance_at_m2_s2(symbol: str, room_variance_m2_s2: float, temperature_K: fl
     if ratio <= 1.0 + 1e-9:
         return room_variance_m2_s2 * temperature_K / ROOM_K
     x = brentq(lambda x: x / math.tanh(x) - ratio, 1e-9, ratio, xtol=1e-12)
-    return float(room_variance_m2_s2 * math.tanh(x) / math.tanh(x * ROOM_K / temperature_K))
+    return float(room_variance_m2_s2 * (math.tanh(x) / math.tanh(x * (ROOM_K / temperature_K))))

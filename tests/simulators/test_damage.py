@@ -1,142 +1,105 @@
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.integrate import quad
-from scipy.stats import binom
+from scipy.stats import binom, poisson
 
-from simulators.cross_sections import (
-    knock_on_barn,
-    max_energy_transfer_eV,
-    thermal_knock_on_barn,
-)
+from aecontrol.errors import BadInput
+from simulators.clocks import exit_surface
 from simulators.damage import KNOCK_ON, Damage, DamagedSpecimen
-from simulators.fluence import FluenceMap
-from simulators.optics import Optics, velocity_ratio, wavelength_A
+from simulators.materials import Migration, preset
+from simulators.optics import Optics
+from simulators.specimens.base import assemble
 from simulators.specimens.sheets import Graphene, Mos2, SulphurVacancies
-
-from .oracles import round_kernel
 
 OPTICS = Optics()
 RADIOLYTIC = Damage(critical_fluence_e_per_A2={"S": 300.0}, radiolysis_removes=0.5)
-
-
-@pytest.mark.parametrize(
-    ("symbol", "kV", "expected"),
-    [("C", 60, 11.60), ("C", 80, 15.76), ("C", 200, 43.68), ("S", 80, 5.90), ("S", 90, 6.70), ("Li", 200, 75.6)],
-)
-def test_energy_transfer_matches_the_published_values(symbol, kV, expected):
-    assert max_energy_transfer_eV(symbol, kV) == pytest.approx(expected, abs=0.06)
-
-
-@pytest.mark.parametrize(("symbol", "threshold", "kV"), [("C", 21.13, 120), ("S", 6.9, 100), ("S", 6.9, 300)])
-def test_cross_section_is_the_angular_integral_of_mckinley_feshbach(symbol, threshold, kV):
-    number = {"C": 6, "S": 16}[symbol]
-    beta, a = velocity_ratio(kV), number / 137.035999
-    transfer = max_energy_transfer_eV(symbol, kV)
-    front = (number * 2.8179403e-5 / 2) ** 2 * (1 - beta**2) / beta**4
-
-    def per_angle(theta):
-        s = math.sin(theta / 2)
-        mott = 1 - beta**2 * s**2 + math.pi * beta * a * s * (1 - s)
-        return 2 * math.pi * math.sin(theta) * front * s**-4 * mott
-
-    lowest = 2 * math.asin(math.sqrt(threshold / transfer))
-    expected = quad(per_angle, lowest, math.pi, epsrel=1e-10)[0] * 1e8
-    assert knock_on_barn(symbol, threshold, kV, np.array(transfer)) == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("symbol", "threshold", "kV", "expected"),
-    [
-        ("C", 21.13, 100, 0.0),
-        ("C", 21.13, 120, 5.41),
-        ("C", 12.0, 80, 25.9),
-        ("S", 6.9, 80, 0.0),
-        ("S", 6.9, 100, 31.5),
-        ("S", 6.5, 200, 160.0),
-        ("O", 20.0, 300, 19.4),
-        ("Li", 10.0, 60, 39.6),
-    ],
-)
-def test_static_cross_sections_match_the_published_table(symbol, threshold, kV, expected):
-    assert thermal_knock_on_barn(symbol, threshold, kV, 0.0) == pytest.approx(expected, rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("symbol", "threshold", "variance", "kV", "expected"),
-    [
-        ("C", 21.13, 3.17e5, 80, 4e-6),
-        ("C", 21.13, 3.17e5, 90, 0.0053),
-        ("C", 21.13, 3.17e5, 100, 0.34),
-        ("C", 21.13, 3.17e5, 110, 2.46),
-        ("S", 6.9, 7.78e4, 70, 0.012),
-        ("S", 6.9, 7.78e4, 80, 0.84),
-        ("S", 6.9, 7.78e4, 100, 35.0),
-    ],
-)
-def test_thermal_vibration_opens_the_threshold_as_published(symbol, threshold, variance, kV, expected):
-    assert thermal_knock_on_barn(symbol, threshold, kV, variance) == pytest.approx(expected, rel=0.03)
-
-
-def test_only_s_of_mos2_and_c_of_graphene_can_leave_at_the_defaults():
-    damage = Damage()
-    assert damage.knock_on_A2("S", 80) == pytest.approx(1.84e-8, rel=0.02)  # 0.84 b knock-on + 1 b excitation
-    assert damage.knock_on_A2("Mo", 80) == 0.0
-    assert 0.0 < damage.knock_on_A2("C", 80) < 1e-13
 
 
 def scattered(n, seed, span=40.0):
     return np.random.default_rng(seed).random((n, 2)) * span
 
 
-def test_one_shot_gives_the_probe_profile_and_all_electrons_are_kept():
-    fluence = FluenceMap(OPTICS, (-30.0, -30.0), (30.0, 30.0))
-    fluence.deposit(np.array([[0.37, -0.81]]), 1e6)
-    offsets = np.stack([np.linspace(0, 6, 30), np.linspace(0, 2, 30)], axis=1)
-    exact = 1e6 * round_kernel(np.hypot(*offsets.T), 0.030 / wavelength_A(80), OPTICS.source_sigma_A**2)
-    measured = fluence.at(offsets + np.array([0.37, -0.81]))
-    assert np.abs(measured - exact).max() < 0.04 * exact[0]
-    x = np.arange(-30.0, 30.0, fluence.step_A) + 0.1
-    everywhere = fluence.at(np.stack(np.meshgrid(x, x), -1).reshape(-1, 2))
-    assert everywhere.min() >= 0.0
-    assert everywhere.sum() * fluence.step_A**2 == pytest.approx(1e6, rel=1e-9)
-    assert fluence.electrons == pytest.approx(1e6, rel=1e-12)
-    fluence.deposit(np.array([[31.0, 0.0]]), 5.0)
-    assert fluence.lost == 5.0
-
-
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10**6), points=st.integers(1, 300))
-def test_fluence_has_a_quick_upper_bound_and_one_value_however_it_is_computed(seed, points):
-    fluence = FluenceMap(OPTICS, (-10.0, -10.0), (50.0, 50.0))
-    fluence.deposit(scattered(points, seed), 100.0)
-    atoms = scattered(200, seed + 1, 50.0)
-    together = fluence.at(atoms)
-    one_by_one = np.concatenate([fluence.at(atoms[i : i + 1]) for i in range(0, 200, 10)])
-    assert one_by_one == pytest.approx(together[::10], rel=1e-9, abs=1e-9)
-    assert np.all(fluence.ceiling_at(atoms) >= together)
-
-
 def small_mos2():
     return Mos2(size_nm=(4, 4), vacancies=SulphurVacancies(background_fraction=0.0, n_clusters=0)).build(0)
 
 
-@settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 10**6), pieces=st.integers(2, 20))
-def test_splitting_an_exposure_cannot_change_what_it_destroys(seed, pieces):
-    specimen = small_mos2()
-    points = scattered(6000, seed)
-    whole, split = (DamagedSpecimen(specimen, RADIOLYTIC, OPTICS, seed) for _ in range(2))
-    events = whole.expose(points, 60.0)
-    assert len(events) > 20
-    for piece in np.array_split(points, pieces):
-        split.expose(piece, 60.0)
-    assert np.array_equal(whole.alive, split.alive)
-    assert np.array_equal(whole.positions_A, split.positions_A)
+BUSY = Damage(
+    critical_fluence_e_per_A2={"S": 100.0, "Mo": 100.0},
+    excitation_barn={"S": 3e5, "Mo": 2e5},
+    radiolysis_removes={"S": 0.5},
+    induction_exponent=1.5,
+)
+MOBILE = BUSY.model_copy(update={"migration": Migration(healing_per_s=0.5, hop_per_s=0.5, hop_barn=3e5)})
+
+
+def units_of_mos2():
+    """A sheet whose bond units are patches of some 7 atoms, with vacancies."""
+    sheet = Mos2(size_nm=(4, 4), vacancies=SulphurVacancies(background_fraction=0.1, n_clusters=0)).build(0)
+    patch = np.floor(sheet.positions_A[:, :2] / 4.0).astype(int)
+    return replace(sheet, unit=patch[:, 0] * 100 + patch[:, 1])
+
+
+def history(body, points, electrons, pieces):
+    """Everything that happens when a scan is cut into pieces at some points, in terms of the whole scan."""
+    times = 0.001 * np.arange(len(points))
+    events = []
+    for part in np.array_split(np.arange(len(points)), pieces):
+        events += [
+            replace(event, point=event.point + int(part[0]))
+            for event in body.expose(points[part], electrons[part], times[part])
+        ]
+    return events
+
+
+@pytest.mark.parametrize("model", [BUSY, MOBILE])
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_cutting_a_scan_into_pieces_changes_nothing_at_all(model, seed):
+    points = scattered(3000, seed)
+    electrons = np.random.default_rng(seed).random(3000) * 100.0
+    bodies = [DamagedSpecimen(units_of_mos2(), model, OPTICS, seed) for _ in range(3)]
+    whole, *cut = (history(body, points, electrons, pieces) for body, pieces in zip(bodies, (1, 7, 100), strict=True))
+    assert len(whole) > 200
+    assert {"removed", "displaced"} <= {event.kind for event in whole}
+    assert all(events == whole for events in cut)
+    for body in bodies[1:]:
+        assert np.array_equal(body.alive, bodies[0].alive)
+        assert np.array_equal(body.positions_A, bodies[0].positions_A)
+
+
+@pytest.mark.parametrize("model", [BUSY, MOBILE])
+def test_the_order_in_which_atoms_are_listed_changes_nothing_at_all(model):
+    specimen = units_of_mos2()
+    order = np.random.default_rng(5).permutation(len(specimen))
+    per_atom = {f.name: getattr(specimen, f.name) for f in fields(specimen)}
+    shuffled = replace(
+        specimen, **{name: value[order] for name, value in per_atom.items() if isinstance(value, np.ndarray)}
+    )
+    points, electrons = scattered(3000, 4), np.full(3000, 50.0)
+    one, other = (history(DamagedSpecimen(s, model, OPTICS, 9), points, electrons, 2) for s in (specimen, shuffled))
+    assert len(one) > 200
+    assert [replace(event, atom=int(order[event.atom])) for event in other] == one
+
+
+def test_a_further_process_or_fewer_atoms_change_no_draw_of_the_others():
+    specimen, points = small_mos2(), scattered(4000, 2)
+    with_molybdenum = RADIOLYTIC.model_copy(update={"excitation_barn": {"S": 1.0, "Mo": 1e5}})
+    few = np.arange(len(specimen)) % 3 > 0
+    cut = {f.name: getattr(specimen, f.name) for f in fields(specimen)}
+    cut = replace(specimen, **{name: value[few] for name, value in cut.items() if isinstance(value, np.ndarray)})
+    alone, beside, among_few = (
+        DamagedSpecimen(s, model, OPTICS, 3).expose(points, 60.0)
+        for s, model in ((specimen, RADIOLYTIC), (specimen, with_molybdenum), (cut, RADIOLYTIC))
+    )
+    assert [event for event in beside if specimen.site[event.atom] == "S"] == alone != beside
+    index = np.flatnonzero(few)
+    assert [replace(event, atom=int(index[event.atom])) for event in among_few] == [
+        event for event in alone if few[event.atom]
+    ]
 
 
 def test_events_come_in_the_order_of_the_beam_and_stop_where_it_does():
@@ -154,18 +117,21 @@ def test_events_come_in_the_order_of_the_beam_and_stop_where_it_does():
         assert [event for event in again if event.point < cut] == expected
 
 
-def test_removed_fraction_follows_the_exponential_law():
-    specimen = Mos2(size_nm=(40, 40), vacancies=SulphurVacancies(background_fraction=0, n_clusters=0)).build(0)
-    one = np.flatnonzero(specimen.site == "S")
-    copies = replace(  # all S atoms under one known fluence: moved to the same place
-        specimen, positions_A=np.where((specimen.site == "S")[:, None], (200.0, 200.0, 0.0), specimen.positions_A)
-    )
-    body = DamagedSpecimen(copies, Damage(excitation_barn={"S": 1e4}), OPTICS, 3)
-    body.expose(np.array([[200.0, 200.0]]), 1.5e3)
-    fluence = body.fluence.at(np.array([[200.0, 200.0]]))[0]
-    chance = 1 - math.exp(-(1e4 + 0.8425) * 1e-8 * fluence)
-    low, high = binom.interval(0.999, len(one), chance)
-    assert 0.03 < chance < 0.3
+@pytest.mark.parametrize(
+    ("model", "exponent"),
+    [
+        (Damage(displacement_threshold_eV={}, excitation_barn={"S": 1e5}), 1.0),
+        (Damage(critical_fluence_e_per_A2={"S": 1e3}, radiolysis_removes=1.0, induction_exponent=2.0), 2.0),
+    ],
+)
+def test_removed_fraction_follows_the_law_for_a_hundred_thousand_atoms(model, exponent):
+    n = 100_000
+    pile = np.column_stack([np.full((n, 2), 20.0), np.linspace(0.0, 6.0, n)])  # all under one known fluence
+    body = DamagedSpecimen(assemble(pile, np.full(n, 16), (4.0, 4.0)), model, OPTICS, 3)
+    body.expose(np.array([[20.0, 20.0]]), 60.0 if exponent == 1.0 else 300.0)
+    chance = 1 - math.exp(-((body.fluence.at(np.array([[20.0, 20.0]]))[0] / 1e3) ** exponent))
+    low, high = binom.interval(0.99, n, chance)
+    assert 0.005 < chance < 0.1
     assert low <= np.count_nonzero(~body.alive) <= high
 
 
@@ -190,3 +156,139 @@ def test_knock_on_wins_over_later_radiolysis_of_the_same_atom():
     atoms = [event.atom for event in events]
     assert len(atoms) == len(set(atoms)) > 50
     assert {event.process for event in events} == {KNOCK_ON, 1}
+
+
+def test_a_bond_unit_breaks_at_once_and_by_the_fluence_at_its_centroid():
+    specimen = units_of_mos2()
+    body = DamagedSpecimen(specimen, Damage(critical_fluence_e_per_A2={"S": 100.0, "Mo": 100.0}), OPTICS, 1)
+    points = scattered(3000, 3)
+    events = body.expose(points, 60.0)
+    broken = {specimen.unit[event.atom]: event for event in events}
+    assert len(broken) > 50
+    for unit, event in broken.items():
+        members = np.flatnonzero((specimen.unit == unit) & specimen.alive)
+        mine = [e for e in events if specimen.unit[e.atom] == unit]
+        assert sorted(e.atom for e in mine) == members.tolist()
+        assert {(e.point, e.fluence_e_per_A2) for e in mine} == {(event.point, event.fluence_e_per_A2)}
+    event = events[len(events) // 2]
+    centroid = specimen.positions_A[specimen.unit == specimen.unit[event.atom], :2].mean(axis=0)[None]
+    replay = DamagedSpecimen(specimen, Damage(), OPTICS, 1)
+    replay.expose(points[: event.point], 60.0)
+    assert replay.fluence.at(centroid)[0] < event.fluence_e_per_A2
+    replay.expose(points[event.point : event.point + 1], 60.0)
+    assert replay.fluence.at(centroid)[0] >= event.fluence_e_per_A2
+
+
+def slab(height=lambda x: np.where(x < 20.0, 20.0, 32.0)):
+    """A simple cubic crystal of S, 4 angstrom, with a terrace on its exit side."""
+    x, y, z = np.meshgrid(*(np.arange(0.0, 41.0, 4.0),) * 3, indexing="ij")
+    grid = np.column_stack([x.ravel(), y.ravel(), z.ravel()])
+    grid = grid[grid[:, 2] <= height(grid[:, 0])]
+    return assemble(grid, np.full(len(grid), 16), (4.0, 4.0))
+
+
+def test_only_the_exit_surface_of_a_thick_specimen_sputters():
+    specimen = slab()
+    x, z = specimen.positions_A[:, 0], specimen.positions_A[:, 2]
+    terrace = np.where(x < 20.0, 20.0, 32.0)
+    away = np.abs(x - 18.0) > 9.0  # beside the step the neighbourhood sees both terraces
+    surface = exit_surface(specimen)
+    assert np.array_equal(surface[away], (z == terrace)[away])
+    strong = {"displacement_threshold_eV": {}, "excitation_barn": {"S": 1e9}}
+    body = DamagedSpecimen(specimen, Damage(**strong), OPTICS, 0)
+    body.expose(scattered(2000, 0), 100.0)
+    assert np.array_equal(~body.alive, surface)
+    deep = DamagedSpecimen(specimen, Damage(bulk_threshold_eV={"S": 1.0}), Optics(voltage_kV=200), 0)
+    deep.expose(scattered(2000, 0), 1e7)
+    assert not deep.alive[~surface].any()
+
+
+def test_temperature_changes_nothing_but_critical_fluence_and_velocity():
+    points = scattered(3000, 1)
+    fixed = {"velocity_variance_m2_s2": {}, "excitation_barn": {"S": 1e4}, "critical_fluence_e_per_A2": {"S": 2e3}}
+    warm, cold = (
+        DamagedSpecimen(small_mos2(), Damage(**fixed, temperature_K=t), Optics(voltage_kV=100), 2) for t in (300, 80)
+    )
+    events = warm.expose(points, 60.0)
+    assert cold.expose(points, 60.0) == events
+    assert {event.process for event in events} == {KNOCK_ON, 1}
+
+
+def garnet():
+    """A stand-in: blocks of 24 atoms of Li, La, Zr and O in a slab 2.6 nm thick, each block one bond unit."""
+    x, y, z = (axis.ravel() for axis in np.meshgrid(*(np.arange(0.0, 40.0, 2.17),) * 2, np.arange(0, 26, 2.17)))
+    numbers = np.array([3, 8, 3, 8, 57, 8, 40, 8])[np.arange(len(x)) % 8]
+    block = np.floor(np.stack([x, y, z]) / 6.5).astype(int)
+    return assemble(np.column_stack([x, y, z]), numbers, (4.0, 4.0), unit=block[0] + 100 * block[1] + 10**4 * block[2])
+
+
+def test_llzo_suffers_more_with_each_frame_less_when_cold_and_not_without_dose():
+    x = np.linspace(2.0, 38.0, 40)
+    frame = np.stack(np.meshgrid(x, x), -1).reshape(-1, 2)
+    harmed = {}
+    for kelvin in (300.0, 100.0):
+        body = DamagedSpecimen(garnet(), preset("llzo", kelvin), Optics(voltage_kV=200, semi_angle_mrad=21.4), 0)
+        assert body.expose(frame, 0.0) == []
+        counts = []
+        for _ in range(3):
+            body.expose(frame, 250.0)  # some 300 e/A^2
+            changed = np.any(body.positions_A != body.specimen.positions_A, axis=1) | ~body.alive
+            counts.append(np.count_nonzero(changed) / len(changed))
+        assert 0.0 < counts[0] < counts[1] < counts[2]
+        assert np.all(body.specimen.atomic_numbers[~body.alive & ~exit_surface(body.specimen)] == 3)
+        harmed[kelvin] = counts
+    assert all(warm > 2 * cold for warm, cold in zip(harmed[300.0], harmed[100.0], strict=True))
+
+
+def moving(**rates):
+    sheet = Mos2(size_nm=(8, 8), vacancies=SulphurVacancies(background_fraction=0.05, n_clusters=0)).build(1)
+    model = Damage(displacement_threshold_eV={}, excitation_barn={}, migration=Migration(**rates))
+    return DamagedSpecimen(sheet, model, OPTICS, 4)
+
+
+def test_vacancies_hop_at_their_rate_to_neighbours_and_none_is_lost():
+    body = moving(hop_per_s=1e6, hop_barrier_eV=0.3)
+    missing = np.count_nonzero(~body.alive)
+    events = body.idle(0.0, 0.2) + body.idle(0.2, 1.0)
+    assert np.count_nonzero(~body.alive) == missing > 50
+    mean = 1.0 * missing * 1e6 * math.exp(-0.3 / (8.617333e-5 * 300.0))
+    low, high = poisson.interval(0.99, mean)
+    assert mean > 500
+    assert low <= len(events) / 2 <= high
+    at = body.specimen.positions_A
+    for left, filled in zip(events[::2], events[1::2], strict=True):
+        assert left.time_s == filled.time_s
+        assert 3.0 < np.linalg.norm(at[left.atom] - at[filled.atom]) < 3.8
+    assert [event.time_s for event in events] == sorted(event.time_s for event in events)
+    assert set(body.specimen.site[~body.alive]) == {"S"}
+
+
+def test_the_beam_drives_hops_at_its_cross_section():
+    body = moving(hop_barn=2e5)
+    assert body.idle(0.0, 1e6) == []
+    x = np.linspace(-18.0, 98.0, 60)
+    frame = np.stack(np.meshgrid(x, x), -1).reshape(-1, 2)
+    events = [event for _ in range(5) for event in body.expose(frame, 400.0, np.zeros(len(frame)))]
+    fluence = body.fluence.at(body.specimen.positions_A[~body.alive, :2])
+    low, high = poisson.interval(0.99, np.sum(2e5 * 1e-8 * fluence))
+    assert low <= len(events) / 2 <= high
+    assert len(events) > 200
+
+
+def test_removed_atoms_come_back_at_the_rate_of_healing_and_to_their_places():
+    model = Damage(displacement_threshold_eV={}, excitation_barn={"S": 1e9}, migration=Migration(healing_per_s=0.01))
+    specimen = small_mos2()
+    body = DamagedSpecimen(specimen, model, OPTICS, 4)
+    with pytest.raises(BadInput, match="time"):
+        body.expose(scattered(3000, 0), 60.0)
+    gone = body.expose(scattered(3000, 0), 60.0, np.full(3000, 5.0))
+    assert np.count_nonzero(~body.alive) == len(gone) > 500
+    back = body.idle(5.0, 25.0)
+    low, high = binom.interval(0.99, len(gone), 1 - math.exp(-0.2))
+    assert low <= len(back) <= high
+    assert {event.kind for event in back} == {"healed"}
+    assert np.count_nonzero(~body.alive) == len(gone) - len(back)
+    assert np.array_equal(body.positions_A, specimen.positions_A)
+    again = body.expose(scattered(3000, 0), 6e3, np.full(3000, 25.0))
+    once = {event.atom for event in gone}
+    assert {event.atom for event in again} & once == {event.atom for event in back}
