@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,11 +34,8 @@ class ImageSet:
     stack: str = "frame"
 
 
-class Progress(Protocol):
-    """Told how far a long task is."""
-
-    def __call__(self, done: int, total: int) -> None:
-        """``done`` of ``total`` parts are finished."""
+Progress = Callable[[int, int], None]
+"""Told how far a long task is: parts done, parts in all."""
 
 
 class Simulation(Protocol):

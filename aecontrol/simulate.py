@@ -20,7 +20,7 @@ SHEET = {  # a sheet at the voltage that spares it, anything thicker at 200 kV
     "beam_current_pA": 40.0,
 }
 THICK = {"optics": {"voltage_kV": 200.0, "semi_angle_mrad": 21.4}, "beam_current_pA": 20.0}
-HARMLESS = {"displacement_threshold_eV": {}, "excitation_barn": {}}
+HARMLESS: dict[str, dict[str, float]] = {"displacement_threshold_eV": {}, "excitation_barn": {}}
 
 
 def simulate(config: Path, out: Path, device: str, workers: int, progress: Progress) -> dict[str, Any]:
@@ -73,9 +73,7 @@ def gallery(out: Path, only: str | None, device: str, progress: Progress) -> lis
         raise BadInput(f"specimen kind {only!r} is not known", f"use one of {', '.join(kinds('specimen'))}")
     chosen = [kind for kind in kinds("specimen") if only in (None, kind) and not _needs(kind)]
     if not chosen:
-        raise BadInput(
-            f"specimen {only!r} needs {', '.join(_needs(str(only)))}", "use `aecontrol simulate` with a file"
-        )
+        raise BadInput(f"specimen {only!r} needs {', '.join(_needs(str(only)))}", "give them to `aecontrol simulate`")
     out.mkdir(parents=True, exist_ok=True)
     made = []
     for done, kind in enumerate(chosen, start=1):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aecontrol.canvas import new_figure, scale_bar
+from aecontrol.canvas import coarse, new_figure, scale_bar
 from aecontrol.image_sets import ImageSet
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
+Extent = tuple[float, float, float, float]
 COLOURS = ("#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 """Okabe and Ito's palette: told apart by colour-blind readers too."""
 ATOMS_SHOWN_NM = 4.0
@@ -41,7 +42,7 @@ def draw_card(title: str, images: ImageSet) -> Figure:
     return figure
 
 
-def _grey(ax: Axes, image: Floats, extent: tuple[float, ...]) -> None:
+def _grey(ax: Axes, image: Floats, extent: Extent) -> None:
     low, high = np.percentile(image, [0.5, 99.9])
     ax.imshow(image, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="nearest")
     _bare(ax)
@@ -52,26 +53,44 @@ def _bare(ax: Axes) -> None:
     ax.set(xticks=[], yticks=[])
 
 
-def _mark_sites(ax: Axes, images: ImageSet, extent: tuple[float, ...]) -> None:
+def _mark_sites(ax: Axes, images: ImageSet, extent: Extent) -> None:
     """The sites of the middle, one mark a column: filled by element, crosses where atoms are missing."""
     from ase.data import chemical_symbols
 
     half = 0.5 * min(ATOMS_SHOWN_NM, extent[1], extent[2])
-    middle = np.array([extent[1], extent[2]]) / 2
-    xy = np.asarray(images.arrays["atoms_px"]) * np.asarray(images.pixel_size_nm)
-    numbers, alive = images.arrays["atomic_numbers"], np.asarray(images.arrays["atoms_alive"])
-    shown = np.all(np.abs(xy - middle) < half, axis=1)
+    middle = np.clip(_brightest(ax, extent), half, np.array([extent[1], extent[2]]) - half)
+    x, y = _places_nm(images).T
+    numbers = np.asarray(images.arrays["atomic_numbers"])
+    alive: NDArray[np.bool_] = np.asarray(images.arrays["atoms_alive"], dtype=np.bool_)
+    shown = (np.abs(x - middle[0]) < half) & (np.abs(y - middle[1]) < half)
     for colour, number in zip(COLOURS, _common(numbers[shown]), strict=False):
         same = shown & (numbers == number)
-        columns = np.unique(images.arrays["atoms_column"][same], return_index=True)[1]
-        at = xy[same][columns]
-        if len(at) <= MOST_MARKS:
-            ax.scatter(*at.T, s=9, color=colour, label=chemical_symbols[int(number)], linewidths=0)
+        columns = np.unique(np.asarray(images.arrays["atoms_column"])[same], return_index=True)[1]
+        if len(columns) <= MOST_MARKS:
+            ax.scatter(
+                x[same][columns], y[same][columns], s=9, color=colour, label=chemical_symbols[int(number)], linewidths=0
+            )
     if (shown & ~alive).any():
-        ax.scatter(*xy[shown & ~alive].T, s=30, marker="x", color="red", label="vacant", linewidths=1.0)
+        ax.scatter(x[shown & ~alive], y[shown & ~alive], s=30, marker="x", color="red", label="vacant", linewidths=1.0)
     ax.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] + half, middle[1] - half))
     ax.legend(loc="upper right", ncols=3, handletextpad=0.1, columnspacing=0.8)
     ax.set_title("ideal image and sites")
+
+
+def _places_nm(images: ImageSet) -> Floats:
+    """Sites from the frame's corner, [n, 2] nm."""
+    pixels: Floats = np.asarray(images.arrays["atoms_px"], dtype=np.float64)
+    return pixels * np.array(images.pixel_size_nm)
+
+
+def _brightest(ax: Axes, extent: Extent) -> Floats:
+    """The middle of the frame, or of what shines in an otherwise dark one, (x, y) nm."""
+    image = coarse(np.asarray(ax.images[0].get_array(), float), 32)
+    middle = np.array([extent[1], extent[2]]) / 2
+    if image.max() < 5.0 * np.median(image):
+        return middle
+    row, col = np.unravel_index(int(np.argmax(image)), image.shape)
+    return np.array([(col + 0.5) / image.shape[1] * extent[1], (row + 0.5) / image.shape[0] * extent[2]])
 
 
 def _common(numbers: NDArray[Any]) -> NDArray[Any]:
@@ -79,7 +98,7 @@ def _common(numbers: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(found[np.argsort(-count)])
 
 
-def _draw_label(ax: Axes, images: ImageSet, extent: tuple[float, ...]) -> None:
+def _draw_label(ax: Axes, images: ImageSet, extent: Extent) -> None:
     """The most telling label: a map of places, else a number per atom, else the second channel."""
     maps = {name: np.asarray(values, float) for name, values in images.arrays.items() if name.startswith("labels_")}
     telling = {name: values for name, values in maps.items() if np.isfinite(values).any() and np.ptp(values) > 0}
@@ -87,16 +106,17 @@ def _draw_label(ax: Axes, images: ImageSet, extent: tuple[float, ...]) -> None:
         _draw_map(ax, name.removeprefix("labels_"), telling[name], extent)
         return
     for name in ("tilt_deg", "ring", "particle"):
-        values = images.arrays.get(f"atoms_{name}")
-        if values is not None and np.nanmax(values, initial=0.0) > np.nanmin(values, initial=0.0) + 1e-6:
-            _draw_atoms(ax, name, np.asarray(values, float), images, extent)
-            return
+        if f"atoms_{name}" in images.arrays:
+            values = np.asarray(images.arrays[f"atoms_{name}"], float)
+            if np.nanmax(values, initial=0.0) > np.nanmin(values, initial=0.0) + 1e-6:
+                _draw_atoms(ax, name, values, images, extent)
+                return
     other = list(images.channels)[-1]
     _grey(ax, np.asarray(images.channels[other], float), extent)
     ax.set_title(other)
 
 
-def _draw_map(ax: Axes, name: str, values: Floats, extent: tuple[float, ...]) -> None:
+def _draw_map(ax: Axes, name: str, values: Floats, extent: Extent) -> None:
     if values.ndim == 3:  # a vector: its direction as a colour, arrows on top
         angle = np.degrees(np.arctan2(values[..., 1], values[..., 0]))
         shown = ax.imshow(angle, cmap="twilight", vmin=-180, vmax=180, extent=extent)
@@ -113,11 +133,11 @@ def _draw_map(ax: Axes, name: str, values: Floats, extent: tuple[float, ...]) ->
     ax.set_title(name.replace("_", " "))
 
 
-def _draw_atoms(ax: Axes, name: str, values: Floats, images: ImageSet, extent: tuple[float, ...]) -> None:
+def _draw_atoms(ax: Axes, name: str, values: Floats, images: ImageSet, extent: Extent) -> None:
     values = values[:, -1] if values.ndim == 2 else values
-    xy = np.asarray(images.arrays["atoms_px"]) * np.asarray(images.pixel_size_nm)
+    x, y = _places_nm(images).T
     known = np.isfinite(values) & (values > -1 if name != "tilt_deg" else np.isfinite(values))
-    shown = ax.scatter(*xy[known].T, c=values[known], s=4, cmap="viridis", linewidths=0)
+    shown = ax.scatter(x[known], y[known], c=values[known], s=4, cmap="viridis", linewidths=0)
     ax.set(xlim=extent[:2], ylim=extent[2:], aspect="equal")
     ax.figure.colorbar(shown, ax=ax, shrink=0.8)
     _bare(ax)

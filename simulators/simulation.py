@@ -139,11 +139,12 @@ class TrainingSet(Model):
                 yield self.shard(index, device)
                 progress(index + 1, shards)
             return
-        import dask
+        from dask.base import compute
+        from dask.delayed import delayed
 
         for first in range(0, shards, workers):
-            batch = [dask.delayed(self.shard)(index, device) for index in range(first, min(first + workers, shards))]
-            yield from dask.compute(*batch, scheduler="processes", num_workers=workers)
+            batch = [delayed(self.shard)(index, device) for index in range(first, min(first + workers, shards))]
+            yield from compute(*batch, scheduler="processes", num_workers=workers)  # type: ignore[no-untyped-call]
             progress(first + len(batch), shards)
 
     def shard(self, index: int, device: str) -> ImageSet:
@@ -189,7 +190,7 @@ class TrainingSet(Model):
         )
         channels = column.preview(index, region)
         atoms = atoms_in(column.snapshot(), region, None)
-        facts = {"pixel_nm": pixel, "dwell_time_s": dwell, "column": which, "specimen_seed": seed}
+        facts: dict[str, Any] = {"pixel_nm": pixel, "dwell_time_s": dwell, "column": which, "specimen_seed": seed}
         facts |= {"rotation_rad": region.rotation_rad, "center_nm": region.center_nm}
         kept = {key: atoms[key] for key in ("atoms_px", "atomic_numbers", "atoms_column", "atoms_site", "atoms_alive")}
         return channels, kept, facts
