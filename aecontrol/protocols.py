@@ -63,13 +63,27 @@ class Microscope(Protocol):
 
 
 @dataclass(frozen=True)
+class Change:
+    """Something that the beam did to one atom: where (x, y) in nm, what ('removed', 'displaced', 'healed', 'hopped'),
+    at which fluence and when on the instrument's clock."""
+
+    position_nm: tuple[float, float]
+    kind: str
+    fluence_e_per_A2: float
+    time_s: float
+
+
+@dataclass(frozen=True)
 class Truth:
-    """What was really there, for scoring only: ``targets`` [n, 2] (x, y) in nm as the session started, ``atoms``
-    [m, 2] positions, ``electrons_delivered`` by the column's own meter (None for a record)."""
+    """What is really there, for scoring only: ``targets`` [n, 2] (x, y) in nm as the session started and their
+    ``labels``; ``electrons_delivered`` by the column's own meter; ``atoms`` [m, 2] left now and the ``changes`` so far.
+    The last three are None or empty for a record."""
 
     targets: NDArray[np.float64]
     labels: tuple[str, ...]
     electrons_delivered: int | None = None
+    atoms: NDArray[np.float64] | None = None
+    changes: tuple[Change, ...] = ()
 
 
 @runtime_checkable
@@ -78,6 +92,10 @@ class HasTruth(Protocol):
 
     def truth(self, target: str) -> Truth | None:
         """Target objects of kind ``target`` ('vacancy', 'atom') in the whole field; None when not known."""
+
+    def noiseless(self, region: ScanRegion) -> Mapping[str, Image] | None:
+        """What an ideal instrument would see of ``region`` now, fraction of the beam by channel, without exposing
+        anything; None for a record."""
 
 
 @dataclass(frozen=True)

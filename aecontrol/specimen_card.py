@@ -80,7 +80,8 @@ def _mark_sites(ax: Axes, images: ImageSet, extent: Extent) -> None:
 def _places_nm(images: ImageSet) -> Floats:
     """Sites from the frame's corner, [n, 2] nm."""
     pixels: Floats = np.asarray(images.arrays["atoms_px"], dtype=np.float64)
-    return pixels * np.array(images.pixel_size_nm)
+    scaled: Floats = pixels * np.array(images.pixel_size_nm)
+    return scaled
 
 
 def _brightest(ax: Axes, extent: Extent) -> Floats:

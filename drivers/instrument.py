@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ from aecontrol.exposure import (
     on_fired,
 )
 from aecontrol.journal import Journal
-from aecontrol.protocols import FrameData, Truth
+from aecontrol.protocols import Change, FrameData, Truth
 from aecontrol.types import Capabilities, Charge, ScanRegion
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,24 @@ class Column(Protocol):
 
     def targets(self, kind: str) -> tuple[NDArray[np.float64], tuple[str, ...]] | None:
         """True objects of ``kind``: positions [n, 2] nm and labels, as the session started; None when not known."""
+
+
+@runtime_checkable
+class KnowsAll(Protocol):
+    """A column that is simulated, and knows what it did."""
+
+    @property
+    def meter(self) -> int:
+        """All electrons ever delivered."""
+
+    def atoms_nm(self) -> NDArray[np.float64]:
+        """Positions [n, 2] of the atoms left, nm."""
+
+    def changes(self) -> tuple[Change, ...]:
+        """What the beam has done so far."""
+
+    def noiseless(self, region: ScanRegion) -> Mapping[str, NDArray[np.generic]]:
+        """Ideal images of ``region``; nothing is exposed."""
 
 
 class Instrument:
@@ -174,8 +192,21 @@ class Instrument:
         found = self._column.targets(target)
         if found is None:
             return None
-        delivered = getattr(self._column, "meter", None)
-        return Truth(targets=found[0], labels=tuple(found[1]), electrons_delivered=delivered)
+        if not isinstance(self._column, KnowsAll):
+            return Truth(
+                targets=found[0], labels=tuple(found[1]), electrons_delivered=getattr(self._column, "meter", None)
+            )
+        return Truth(
+            targets=found[0],
+            labels=tuple(found[1]),
+            electrons_delivered=self._column.meter,
+            atoms=self._column.atoms_nm(),
+            changes=self._column.changes(),
+        )
+
+    def noiseless(self, region: ScanRegion) -> Mapping[str, NDArray[np.generic]] | None:
+        """The ideal image of ``region``, for the scorer only."""
+        return self._column.noiseless(region) if isinstance(self._column, KnowsAll) else None
 
     # ------------------------------------------------------------ inside
 

@@ -14,8 +14,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from aecontrol.protocols import Change
 from aecontrol.types import ScanRegion
-from aecontrol.units import electrons_per_second, nm_to_angstrom
+from aecontrol.units import angstrom_to_nm, electrons_per_second, nm_to_angstrom
 
 from .cells import CellIndex
 from .damage import Damage, DamagedSpecimen, Event
@@ -173,6 +174,23 @@ class SimulatedColumn:
     def truth(self) -> ColumnTruth:
         """What is really there now, for scoring only."""
         return ColumnTruth(self.snapshot(), self._meter, tuple(self._events))
+
+    def atoms_nm(self) -> Array:
+        """Positions [n, 2] of the atoms left, nm."""
+        return angstrom_to_nm(1.0) * self._body.positions_A[self._body.alive, :2]
+
+    def changes(self) -> tuple[Change, ...]:
+        """What the beam has done so far, each where its atom was born."""
+        where = angstrom_to_nm(1.0) * self._born.positions_A
+        return tuple(
+            Change(
+                (float(where[event.atom, 0]), float(where[event.atom, 1])),
+                event.kind,
+                event.fluence_e_per_A2,
+                math.nan if event.time_s is None else event.time_s,
+            )
+            for event in self._events
+        )
 
     def noiseless(self, region: ScanRegion) -> Images:
         """What ideal detectors on an ideal scan of ``region`` would see now, fraction of the beam by channel. Nothing
