@@ -20,7 +20,7 @@ CUT_100 = {"truncated_octahedron": 1.15, "octahedron": math.sqrt(3.0)}
 """Distance of the {100} facets from the centre over that of the {111}; 1.15 (assumed) is near that of fcc metals."""
 FCC = np.array([[0, 0, 0], [0, 2, 2], [2, 0, 2], [2, 2, 0]])
 OXYGEN = np.array(list(itertools.product((-1, 1), repeat=3)))
-"""Sites of a face-centred cell, and steps from a metal atom of fluorite to its O, in quarters of the lattice."""
+"""Sites of a face-centred cell, and steps from a metal atom of fluorite to its O, in quarters of a lattice constant."""
 AXES = np.array([axis for axis in itertools.product((-1, 0, 1), repeat=3) if any(axis)])
 """All directions <100>, <110> and <111>."""
 

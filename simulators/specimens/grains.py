@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
@@ -44,6 +45,18 @@ class Line(Model):
         angle = math.radians(self.direction_deg)
         normal = np.array([-math.sin(angle), math.cos(angle)])
         return np.asarray((positions_nm - 0.5 * np.asarray(size_nm)) @ normal - self.offset_nm)
+
+
+class TiltBoundary(Line):
+    """Two grains that meet along a straight line, nearly always in rings of five and seven atoms."""
+
+    misorientation_deg: Annotated[float, Field(gt=0, lt=60)] = Field(
+        21.8, description="turn of the grain on the right of the line against the other, from +x towards +y, degrees"
+    )
+
+
+class Edge(Line):
+    """A straight edge: vacuum on the right of the line."""
 
 
 def two_grains(size_nm: SizeNm, rotations_deg: tuple[float, float], line: Line) -> Vectors:

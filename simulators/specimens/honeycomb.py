@@ -145,6 +145,16 @@ def _key(pairs: Indices, n: int) -> Indices:
     return np.asarray(pairs.min(axis=1) * n + pairs.max(axis=1))
 
 
+def within(flat_A: Vectors, centers_A: Vectors, reach_A: float) -> NDArray[np.bool_]:
+    """Which atoms [n] at ``flat_A`` [n, 2] are within ``reach_A`` of any of ``centers_A`` [k, 2]."""
+    from scipy.spatial import cKDTree
+
+    near = np.zeros(len(flat_A), dtype=bool)
+    for found in cKDTree(flat_A).query_ball_point(centers_A, reach_A) if len(centers_A) else ():
+        near[found] = True
+    return near
+
+
 def relax(flat_A: Vectors, bonds: Indices, movable: NDArray[np.bool_], steps: int = 60) -> Vectors:
     """Positions [n, 2] after ``movable`` [n] atoms gave way to springs; the others stay.
 

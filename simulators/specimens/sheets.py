@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,21 @@ from aecontrol.units import angstrom_to_nm, nm_to_angstrom
 from ..elements import NUMBERS
 from ..streams import stream
 from .base import FieldLabel, Fraction, SizeNm, Specimen, Vectors, assemble, tile
-from .grains import Line, two_grains
-from .honeycomb import GRAPHENE_A, HEXAGONAL, HONEYCOMB, Indices, bonds_of, closing, cut, neighbours, relax, rings, turn
+from .grains import Edge, TiltBoundary, two_grains
+from .honeycomb import (
+    GRAPHENE_A,
+    HEXAGONAL,
+    HONEYCOMB,
+    Indices,
+    bonds_of,
+    closing,
+    cut,
+    neighbours,
+    relax,
+    rings,
+    turn,
+    within,
+)
 
 if TYPE_CHECKING:
     from scipy.spatial import cKDTree
@@ -217,18 +230,6 @@ class Hbn(Model):
         )
 
 
-class TiltBoundary(Line):
-    """Two grains that meet along a straight line; nothing but rings of five to seven atoms is built into it."""
-
-    misorientation_deg: Annotated[float, Field(gt=0, lt=60)] = Field(
-        21.8, description="turn of the grain on the right of the line against the other, from +x towards +y, degrees"
-    )
-
-
-class Edge(Line):
-    """A straight edge: vacuum on the right of the line."""
-
-
 class Hole(Model):
     """A round hole."""
 
@@ -269,7 +270,7 @@ class Graphene(Model):
         middles = flat[np.concatenate([closed, turned])].mean(axis=1)
         flat, bonds = turn(flat, bonds, table, turned)
         bonds = np.concatenate([bonds[~gone[bonds].any(axis=1)], closing(table, closed)])
-        flat = relax(flat, bonds, ~gone & _near(flat, middles, GIVES_WAY_A))
+        flat = relax(flat, bonds, ~gone & within(flat, middles, GIVES_WAY_A))
         numbers = np.full(len(flat), NUMBERS["C"])
         for kind, number in SUBSTITUTES.items():
             numbers[defect == kind] = number
@@ -369,13 +370,3 @@ def _neighbour(tree: cKDTree, atom: int, choice: float) -> int:
     near = np.sort(tree.query(tree.data[atom], k=min(12, tree.n))[1])
     distance = np.sum((tree.data[near] - tree.data[atom]) ** 2, axis=1)
     return int(near[np.argsort(distance, kind="stable")[1 + int(3 * choice)]])
-
-
-def _near(flat: Vectors, centers: Vectors, reach_A: float) -> NDArray[np.bool_]:
-    """Which atoms [n] are within ``reach_A`` of any of ``centers`` [k, 2]."""
-    from scipy.spatial import cKDTree
-
-    near = np.zeros(len(flat), dtype=bool)
-    for found in cKDTree(flat).query_ball_point(centers, reach_A) if len(centers) else ():
-        near[found] = True
-    return near

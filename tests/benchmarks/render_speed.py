@@ -83,8 +83,8 @@ def large_world() -> None:
     specimen = column.snapshot()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
-        f"world of {len(specimen)} sites: peak {(memory - before) / 1024:.0f} MB above the {before / 1024:.0f} MB of the "
-        "interpreter; bar 1000 MB"
+        f"world of {len(specimen)} sites: peak {(memory - before) / 1024:.0f} MB above what the interpreter had "
+        f"({before / 1024:.0f} MB); bar 1000 MB"
     )
     small = ScanRegion(center_nm=(80.0, 80.0), fov_nm=(5.0, 5.0), shape=(160, 160), dwell_time_s=1.5e-5)
     column.fire(0, small)

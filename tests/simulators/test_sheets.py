@@ -11,7 +11,8 @@ from scipy.spatial import cKDTree
 from scipy.stats import binom
 
 from aecontrol.errors import BadInput
-from simulators.specimens.sheets import Antisites, Edge, Graphene, Hbn, Hole, Mos2, SulphurVacancies, TiltBoundary, Ws2
+from simulators.specimens.grains import Edge, TiltBoundary
+from simulators.specimens.sheets import Antisites, Graphene, Hbn, Hole, Mos2, SulphurVacancies, Ws2
 
 NO_VACANCIES = SulphurVacancies(background_fraction=0.0, n_clusters=0)
 PERFECT = Graphene(
