@@ -49,8 +49,7 @@ def fit_tilts(bonds_A: Vectors) -> Vectors:
     their difference, so a B atom off the centre of its octahedron changes nothing.
     """
     spread = np.einsum("ki,nkj->nij", ARMS.astype(np.float64), bonds_A)
-    u, _, vt = np.linalg.svd(spread)
-    u[:, :, 2] *= np.linalg.det(u @ vt)[:, None]  # a rotation, never a reflection
+    u, _, vt = np.linalg.svd(spread)  # of bonds in a right-handed order, so that no reflection can come out
     turn = np.einsum("nij,njk->nki", u, vt)
     angle = np.arccos(np.clip(0.5 * (np.trace(turn, axis1=1, axis2=2) - 1.0), -1.0, 1.0))
     twist = np.stack(

@@ -234,14 +234,16 @@ def test_the_interface_has_its_composition_lattice_and_no_atoms_too_close(interf
 
 @pytest.mark.parametrize(("spacing_nm", "degrees"), [(0.37, 33.0), (0.40, -70.0)])
 def test_the_interface_fills_the_field_at_any_rotation(spacing_nm, degrees):
-    specimen = CaTiO3OnLsat(size_nm=(9, 5), thickness_nm=0.5, rotation_deg=degrees, film_spacing_nm=spacing_nm).build(0)
-    grid = np.stack(np.meshgrid(np.arange(-8, 98, 1.5), np.arange(-8, 58, 1.5)), -1).reshape(-1, 2)
+    specimen = CaTiO3OnLsat(size_nm=(9, 30), thickness_nm=0.5, rotation_deg=degrees, film_spacing_nm=spacing_nm).build(
+        0
+    )
+    grid = np.stack(np.meshgrid(np.arange(-8, 98, 1.5), np.arange(-8, 308, 1.5)), -1).reshape(-1, 2)
     assert cKDTree(specimen.positions_A[:, :2]).query(grid)[0].max() < 2.5
     far = specimen.positions_A[:, :2] / 10
     assert far.min() > -1.1
-    assert np.all(far.max(axis=0) < (10.1, 6.1))
+    assert np.all(far.max(axis=0) < (10.1, 31.1))
     normal = np.array([-math.sin(math.radians(degrees)), math.cos(math.radians(degrees))])
-    spot = np.array([[4.5, 2.5]]) + np.array([[-2.0], [0.0], [1.5]]) * normal
+    spot = np.array([[4.5, 15.0]]) + np.array([[-2.0], [0.0], [1.5]]) * normal
     assert specimen.labels(spot)["distance_to_interface_nm"] == pytest.approx([2.0, 0.0, 1.5], abs=0.2)
     assert list(specimen.labels(spot)["phase"][[0, 2]]) == [0, 1]
 
@@ -291,8 +293,8 @@ def test_every_thick_crystal_is_found_by_name_and_decided_by_its_seed(kind):
     assert same != random
 
 
-def test_three_hundred_thousand_atoms_take_seconds():
+def test_two_hundred_thousand_atoms_take_seconds():
     began = time.process_time()
-    specimen = CaTiO3OnLsat(size_nm=(20, 20), thickness_nm=7).build(1)
-    assert len(specimen) > 250_000
-    assert time.process_time() - began < 4.0
+    specimen = CaTiO3OnLsat(size_nm=(16, 16), thickness_nm=7).build(1)
+    assert len(specimen) > 180_000
+    assert time.process_time() - began < 3.0

@@ -45,6 +45,7 @@ def test_no_atoms_touch_and_no_hole_is_left_at_the_boundaries(specimen):
         assert cKDTree(specimen.positions_A[kind]).query(specimen.positions_A[kind], k=2)[0][:, 1].min() > 2.35
     grid = np.stack(np.meshgrid(np.arange(0, 240, 1.0), np.arange(0, 200, 1.0), [20.0, 25.0]), -1).reshape(-1, 3)
     assert tree.query(grid)[0].max() < 3.3
+    assert cKDTree(specimen.positions_A[:, :2]).query(grid[:, :2])[0].max() < 2.5
 
 
 def test_composition_is_that_of_the_two_oxides(specimen):
