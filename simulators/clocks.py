@@ -2,7 +2,7 @@
 
 A process of cross-section sigma has happened to an atom once the fluence F at its site reaches E / sigma, with
 E ~ Exp(1); then P(happened by F) = 1 - exp(-sigma F). Radiolysis breaks a bond unit at once: its atoms share one E and
-the fluence at their centroid.
+the fluence at their centroid. A unit breaks once: atoms that come back to it later are only subject to knock-on.
 """
 
 from __future__ import annotations

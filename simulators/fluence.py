@@ -267,7 +267,8 @@ def _window(array: Array, low: NDArray[np.int64], high: NDArray[np.int64]) -> Ar
     limit = np.asarray(array.shape[::-1])
     inside_low, inside_high = np.clip(low, 0, limit), np.clip(high, 0, limit)
     cut = array[inside_low[1] : inside_high[1], inside_low[0] : inside_high[0]]
-    before, after = inside_low - low, high - inside_high
+    before = np.clip(inside_low - low, 0, high - low)
+    after = high - low - before - (inside_high - inside_low)
     if not (before.any() or after.any()):
         return cut
     return np.pad(cut, ((before[1], after[1]), (before[0], after[0])))

@@ -225,12 +225,15 @@ def preset(name: str, temperature_K: float = ROOM_K) -> Damage:
 
 
 def assumptions(damage: Damage) -> tuple[str, ...]:
-    """One line for each number in ``damage`` that is quoted [L] or assumed [A], with its unit, to show to the user."""
-    lines = [
-        f"{symbol}: {words} {value:.4g} {unit} [{'L' if (key, symbol, value) in _LITERATURE else 'A'}]"
-        for key, words, unit in _PER_ELEMENT
-        for symbol, value in getattr(damage, key).items()
-    ]
+    """One line for each number in ``damage`` that is quoted [L] or assumed [A], with its unit and the elements that it
+    is for, to show to the user."""
+    lines: list[str] = []
+    for key, words, unit in _PER_ELEMENT:
+        marked = {
+            symbol: f"{value:.4g} {unit} [{'L' if (key, symbol, value) in _LITERATURE else 'A'}]"
+            for symbol, value in getattr(damage, key).items()
+        }
+        lines += _together(words, marked)
     for symbol, table in damage.excitation_barn.items():
         pairs = [("at every voltage", table)] if isinstance(table, float) else [(f"at {kV:g} kV", b) for kV, b in table]
         lines += [f"{symbol}: excitation cross-section {barn:.4g} barn {where} [A]" for where, barn in pairs]
@@ -240,12 +243,18 @@ def assumptions(damage: Damage) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def _together(words: str, values: Mapping[str, str]) -> Iterator[str]:
+    """One line for all elements of a value."""
+    for value in dict.fromkeys(values.values()):
+        yield f"{', '.join(symbol for symbol in values if values[symbol] == value)}: {words} {value}"
+
+
 def _radiolysis_assumptions(damage: Damage) -> Iterator[str]:
     yield f"critical fluence at 100 K over that at 300 K {damage.cryo_factor:.4g}, log-linear in between [A]"
     yield f"radiolysis induction exponent {damage.induction_exponent:.4g} [A]"
     yield f"radiolysis displacement {damage.radiolysis_displacement_nm:.4g} nm per axis [A]"
-    for symbol in damage.critical_fluence_e_per_A2:
-        yield f"{symbol}: share of radiolysed atoms that leave {damage.removed_share(symbol):.4g} [A]"
+    shares = {symbol: f"{damage.removed_share(symbol):.4g} [A]" for symbol in damage.critical_fluence_e_per_A2}
+    yield from _together("share of radiolysed atoms that leave", shares)
 
 
 def _migration_assumptions(migration: Migration) -> Iterator[str]:

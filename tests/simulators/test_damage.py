@@ -56,7 +56,7 @@ def history(body, points, electrons, pieces):
 
 
 @pytest.mark.parametrize("model", [BUSY, MOBILE])
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_cutting_a_scan_into_pieces_changes_nothing_at_all(model, seed):
     points = scattered(3000, seed)

@@ -63,16 +63,18 @@ def test_excitation_holds_only_between_the_voltages_of_its_table():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_number_of_a_preset_is_shown_with_its_unit_and_mark(name):
     model, lines = preset(name), assumptions(preset(name))
-    assert all(line.endswith(("[L]", "[A]")) for line in lines)
-    for symbol, value in model.displacement_threshold_eV.items():
-        assert any(line.startswith(f"{symbol}: displacement threshold {value:g} eV") for line in lines)
-    for symbol, value in model.critical_fluence_e_per_A2.items():
-        assert any(line.startswith(f"{symbol}: critical fluence at 300 K {value:g} e/A^2") for line in lines)
-    marked_l = {line for line in lines if line.endswith("[L]")}
-    assert {line.split()[0] for line in marked_l} == {
-        "graphene": {"C:"}, "mos2": {"S:"}, "li2co3": {"Li:", "C:", "O:"}
-    }.get(name, set())  # fmt: skip
-    assert len(lines) == len(set(lines))
+    shown = {}
+    for line in lines:
+        elements, _, rest = line.rpartition(": ")
+        shown |= {(symbol, rest[:-4]): rest[-3:] for symbol in elements.split(", ")}
+    expected = [(s, f"displacement threshold {v:.4g} eV") for s, v in model.displacement_threshold_eV.items()]
+    expected += [(s, f"critical fluence at 300 K {v:.4g} e/A^2") for s, v in model.critical_fluence_e_per_A2.items()]
+    expected += [(s, f"velocity variance at 300 K {v:.4g} m^2/s^2") for s, v in model.velocity_variance_m2_s2.items()]
+    assert expected
+    assert set(expected) <= set(shown)
+    assert set(shown.values()) <= {"[L]", "[A]"}
+    quoted = {"graphene": {"C"}, "mos2": {"S"}, "li2co3": {"Li", "C", "O"}}
+    assert {symbol for (symbol, _), mark in shown.items() if mark == "[L]"} == quoted.get(name, set())
 
 
 @pytest.mark.parametrize(
