@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from aecontrol import __version__
 from aecontrol.errors import BadInput, StorageFault
 
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -109,8 +110,7 @@ def _write_hspy(path: Path, images: ImageSet) -> None:
         },
         "learning_results": {},
         "models": {},
-        "package": "aecontrol",
-        "package_version": "",
+        "package_info": {"package": "aecontrol", "package_version": __version__},
         "tmp_parameters": {},
         "attributes": {"_lazy": False, "ragged": False},
     }

@@ -99,11 +99,12 @@ class Specimen:
         where = angstrom_to_nm(1.0) * self.positions_A[first, :2]
         chosen &= np.all((where >= 0.0) & (where < np.asarray(self.size_nm)), axis=1)
         index = np.flatnonzero(chosen)
-        labels = tuple(self._column_label(first[i], int(left[i]), int(full[i])) for i in index)
+        sheet = self.thickness_nm <= SINGLE_LAYER_NM
+        labels = tuple(self._column_label(first[i], int(left[i]), int(full[i]), sheet) for i in index)
         return where[index], labels
 
-    def _column_label(self, atom: int, left: int, full: int) -> str:
-        if full > 1 and self.thickness_nm <= SINGLE_LAYER_NM:
+    def _column_label(self, atom: int, left: int, full: int, sheet: bool) -> str:
+        if full > 1 and sheet:
             return f"{self.site[atom]}{left}"
         if left == 0:
             return "V2" if self.defect[atom] == "divacancy" else "V1"

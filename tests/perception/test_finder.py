@@ -90,7 +90,7 @@ def mos2_frame(seed, s2_counts, size_nm=8.0, pixels=256):
     )
     renderer = Renderer(Optics())
     fraction = renderer.render(specimen, nominal_positions_nm(region)).channels["HAADF"]
-    column_A2 = 2 * renderer.cross_sections_A2(np.array([16]))[0]
+    column_A2 = 2 * renderer.objects["HAADF"].strength_A2(16)
     per_pixel = s2_counts / column_A2 * (10 * size_nm / pixels) ** 2
     positions, labels = specimen.targets("atom")
     image = np.random.default_rng(seed).poisson(per_pixel * (fraction + 1e-5))
