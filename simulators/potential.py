@@ -18,6 +18,8 @@ from aecontrol.errors import BadInput
 from .elements import SYMBOLS
 
 Array = NDArray[np.float64]
+FOLDS = 3
+"""The potential is exponentiated on a grid this many times finer than that of the waves."""
 
 
 def require_abtem() -> None:
@@ -70,4 +72,34 @@ def _scattering_factor(number: int, kx: Array, ky: Array) -> NDArray[np.float32]
     from abtem.parametrizations import LobatoParametrization
 
     factor = LobatoParametrization().projected_scattering_factor(SYMBOLS[number])
-    return np.asarray(factor(kx[:, None] ** 2 + ky**2), dtype=np.float32)  # type: ignore[misc]  # abTEM is partly typed
+    return np.asarray(factor(kx[:, None] ** 2 + ky**2), dtype=np.float32)
+
+
+def transmissions(
+    positions_A: Array,
+    numbers: NDArray[np.int64],
+    extent_A: tuple[float, float],
+    pixels: tuple[int, int],
+    layer: NDArray[np.int64],
+    layers: int,
+    interaction: float,
+) -> NDArray[np.complex64]:
+    """exp(i ``interaction`` V) of each of ``layers`` slices, [layers, pixels x, pixels y], within abTEM's band limit.
+
+    ``layer`` [n] is the slice of each atom. It is made on a grid ``FOLDS`` times finer and then cut in frequency:
+    what one atom scatters beyond the grid would otherwise fold back and add several per cent to a dark-field signal.
+    """
+    from abtem.antialias import antialias_aperture
+    from scipy import fft
+
+    fine = (FOLDS * pixels[0], FOLDS * pixels[1])
+    rows, columns = (fft.fftfreq(n, 1.0 / n).astype(int) for n in pixels)
+    kept = np.ix_(rows, columns)  # negative frequencies count from the end
+    band = antialias_aperture(pixels, (extent_A[0] / pixels[0], extent_A[1] / pixels[1]), np)
+    result = np.empty((layers, *pixels), dtype=np.complex64)
+    for i in range(layers):
+        here = layer == i
+        potential = projected_potential(positions_A[here, :2], numbers[here], extent_A, fine)
+        spectrum = fft.fft2(np.exp(np.complex64(1j * interaction) * potential), overwrite_x=True)
+        result[i] = fft.ifft2(spectrum[kept] * (band / FOLDS**2), overwrite_x=True)
+    return result
