@@ -68,6 +68,14 @@ def test_cutting_a_scan_into_pieces_changes_nothing_at_all(model, seed):
         assert np.array_equal(body.positions_A, bodies[0].positions_A)
 
 
+def test_working_an_exposure_off_in_halves_changes_nothing_at_all(monkeypatch):
+    points, electrons = scattered(2000, 8), np.full(2000, 60.0)
+    at_once = history(DamagedSpecimen(units_of_mos2(), MOBILE, OPTICS, 8), points, electrons, 1)
+    monkeypatch.setattr("simulators.damage.MANY", 5000)
+    assert history(DamagedSpecimen(units_of_mos2(), MOBILE, OPTICS, 8), points, electrons, 1) == at_once
+    assert len(at_once) > 200
+
+
 @pytest.mark.parametrize("model", [BUSY, MOBILE])
 def test_the_order_in_which_atoms_are_listed_changes_nothing_at_all(model):
     specimen = units_of_mos2()
