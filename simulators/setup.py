@@ -9,7 +9,8 @@ from pydantic import Field, field_validator
 from aecontrol.registry import build_part
 from aecontrol.types import Model, Positive
 
-from .column import SimulatedColumn, SpecimenConfig
+from .column import SimulatedColumn
+from .column import SpecimenConfig as SpecimenConfig  # part of this module's interface
 from .damage import Damage
 from .detector import Detector, check_detectors
 from .optics import Optics
