@@ -54,7 +54,7 @@ TAIL_PROBES = 4
 BATCH_PIXELS = 2**22
 STEPS_PER_S = 6e7
 """Wave pixels through one slice per second, one core of the machine that this was written on."""
-MAX_HOURS = 12.0
+MAX_HOURS = 4.0
 MAX_ANGLE_MRAD = 400.0
 MIN_SOURCE_CONFIGURATIONS = 8
 MAX_SLICE_PIXELS = 2.5e8
