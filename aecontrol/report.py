@@ -375,6 +375,8 @@ def _limits_of_record(record: Record, started: SessionStarted) -> Iterator[str]:
             "True objects are counted over the whole field as the session began, scanned or not; one find counts for "
             f"at most one object, within {record.state.plan.match_nm:g} nm."
         )
+    if record.state.capabilities is not None:
+        yield from (f"Said by the instrument: {note}" for note in record.state.capabilities.notes)
 
 
 def _versions(record: Record, started: SessionStarted) -> list[tuple[str, str]]:

@@ -103,6 +103,9 @@ class Capabilities(Model):
     dwell_time_range_s: tuple[Positive, Positive] = Field((1e-8, 1.0), description="shortest and longest dwell, s")
     max_pixels: PositiveInt = Field(4096 * 4096, description="largest frame")
     pixel_size_nm: Positive | None = Field(None, description="a record's own pixel; null when any size can be scanned")
+    notes: tuple[str, ...] = Field(
+        (), description="what a reader of the results must know, e.g. assumptions of a model"
+    )
 
 
 class ArrayRef(Model):

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from aecontrol.exposure import InterlockLimits
 from aecontrol.types import Capabilities
+from simulators.materials import assumptions
 from simulators.setup import ColumnSetup
 
 from .instrument import Instrument
@@ -23,6 +24,7 @@ class SimulatedDriver(ColumnSetup):
     def build(self, folder: Path, base: Path, seed: int) -> Instrument:
         """The instrument with its ledger in ``folder``; specimen and noise follow from ``seed``."""
         column = self.column(seed)
+        assumed = assumptions(self.damage)
         capabilities = Capabilities(
             identity=f"simulated {self.specimen['kind']}, seed {seed}",
             simulated=True,
@@ -33,5 +35,6 @@ class SimulatedDriver(ColumnSetup):
             flyback_s=self.scan.flyback_s,
             beam_on_in_flyback=not self.scan.flyback_blanked,
             blanker_latency_s=self.scan.blanker_latency_s,
+            notes=(*column.limits(), *(f"damage model ([L] quoted, [A] assumed): {line}" for line in assumed)),
         )
         return Instrument(column, capabilities, self.limits, folder)

@@ -123,6 +123,11 @@ class SimulatedColumn:
         """Detector channels."""
         return tuple(self._detectors)
 
+    def limits(self) -> tuple[str, ...]:
+        """Where the image model may not be trusted on this specimen, one line a channel."""
+        found = self._renderer.validity(self._born.thickness_nm, self._born.zone_axis)
+        return tuple(f"{name} images: {validity.note}" for name, validity in found.items() if validity.note)
+
     @property
     def meter(self) -> int:
         """All electrons ever delivered, counted as they are delivered."""

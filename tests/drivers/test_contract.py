@@ -36,6 +36,43 @@ class TestSimulated(MicroscopeContract):
         other = driver("short.toml").build(tmp_path / "other", CONFIGS, seed=4).truth("vacancy").targets
         assert one.shape != other.shape or not np.allclose(one, other)
 
+    def test_truth_holds_what_the_beam_did_and_an_ideal_image_costs_nothing(self, tmp_path):
+        microscope = self.open(tmp_path)
+        region = self.a_region(microscope)
+        ideal = microscope.noiseless(region)["HAADF"]
+        before = microscope.truth("vacancy")
+        assert (before.electrons_delivered, before.changes) == (0, ())
+        assert ideal.shape == region.shape
+        assert len(before.atoms) > 1000
+        assert any("[A]" in note for note in microscope.capabilities().notes)
+
+
+class TestOpenBeam(MicroscopeContract):
+    """Several detectors, a beam that is on between lines and parked at the end, and a specimen that breaks."""
+
+    def open(self, folder):
+        table = tomllib.loads((CONFIGS / "short.toml").read_text())["driver"]
+        table["scan"] = {"flyback_blanked": False, "blanker_latency_s": 1e-3}
+        table["detectors"]["BF"] = {"inner_mrad": 0.0, "outer_mrad": 30.0}
+        table["damage"] = {"critical_fluence_e_per_A2": {"S": 2e3}, "radiolysis_removes": 1.0}
+        return build_part("driver", table, "driver").build(folder / "instrument", CONFIGS, seed=3)
+
+    def test_everything_the_beam_did_is_in_the_truth(self, tmp_path):
+        microscope = self.open(tmp_path)
+        region = self.a_region(microscope)
+        bound = bound_charge(region, microscope.capabilities())
+        atoms = len(microscope.truth("atom").atoms)
+        outcome = microscope.expose(a_key("a"), region, bound)
+        truth = microscope.truth("atom")
+        assert truth.electrons_delivered == outcome.measured.electrons <= bound.electrons
+        assert 0 < len(truth.changes) == atoms - len(truth.atoms)
+        assert {change.kind for change in truth.changes} == {"removed"}
+        frame = microscope.fetch(a_key("a"))
+        assert set(frame.channels) == {"HAADF", "BF"}
+        dwell = region.pixels * region.dwell_time_s
+        share = dwell / (dwell + (region.shape[0] - 1) * microscope.capabilities().flyback_s + 1e-3)
+        assert frame.electrons_per_pixel == pytest.approx(outcome.measured.electrons * share / region.pixels)
+
 
 class TestRecorded(MicroscopeContract):
     def open(self, folder):
