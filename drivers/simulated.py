@@ -25,6 +25,7 @@ class SimulatedDriver(ColumnSetup):
         """The instrument with its ledger in ``folder``; specimen and noise follow from ``seed``."""
         column = self.column(seed)
         assumed = assumptions(self.damage)
+        limits = [f"{name} images: {found.note}" for name, found in column.validity().items() if found.note]
         capabilities = Capabilities(
             identity=f"simulated {self.specimen['kind']}, seed {seed}",
             simulated=True,
@@ -35,6 +36,6 @@ class SimulatedDriver(ColumnSetup):
             flyback_s=self.scan.flyback_s,
             beam_on_in_flyback=not self.scan.flyback_blanked,
             blanker_latency_s=self.scan.blanker_latency_s,
-            notes=(*column.limits(), *(f"damage model ([L] quoted, [A] assumed): {line}" for line in assumed)),
+            notes=(*limits, *(f"damage model ([L] quoted, [A] assumed): {line}" for line in assumed)),
         )
         return Instrument(column, capabilities, self.limits, folder)

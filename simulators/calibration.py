@@ -1,180 +1,162 @@
-"""The linear image model fitted to a short multislice of one unit cell: weights by species and one blur.
+"""The linear image model fitted to a short multislice of the very specimen: weights by element and one width.
 
-I(r) = background + sum_j w_j (P * G)(r - r_j), summed over every atom of the thickness, with P the probe and G a
-Gaussian of variance u^2 + blur^2. In a thick crystal the weights hold the channelling, which Z^n cannot; they are good
-for the perfect crystal, thickness, optics and detector they were fitted to and for nothing else.
+In a thick crystal the weights hold the channelling, which no table of single atoms can; they are good for that
+specimen, thickness, optics and detector and for nothing else. The fit is made once and kept on disk.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from aecontrol.errors import BadInput
-from aecontrol.types import Model, NonNegative, Positive
 from aecontrol.units import angstrom_to_nm, nm_to_angstrom
 
 from .elements import SYMBOLS
-from .multislice import Block, content_key, scan_block
-from .optics import PROBE_EXTENT_A, Optics, probe_intensity
-from .potential import require_abtem
+from .multislice import Block, content_key, cut_out, scan_block
+from .optics import Optics
+from .scattering import Annulus, Calibration, objects, radial_probe
+from .specimens import Specimen
 from .streams import stream
 
 Array = NDArray[np.float64]
+SIDE_A = 8.0
+"""Side of the square in the middle of a specimen without a period in which the fit is made, angstrom."""
 BOX_A = 18.0
-"""Least side of the box of repeated cells."""
+"""Least side of the block of whole periods in which the fit is made otherwise: every cell of it is seen."""
+CONFIGURATIONS = 6
 POSITIONS = 36
-"""Probe positions of each phonon configuration, others for each."""
+"""Phonon configurations, and probe positions of each, others for each."""
 NEAR_A = 0.35
 """Standard deviation per axis of the positions that are placed near atoms."""
-MAX_BLUR_A = 0.6
+REACH_A = 12.0
+MAX_WIDTH_A = 0.6
+PRIOR = 0.02
+"""Pull of each weight towards that of a single atom, for elements that the square hardly holds: a column of weight 1
+that is seen this brightly, relative to the brightest place, counts as much as the prior."""
 
 
-class Calibration(Model):
-    """A linear model that stands for multislice of one crystal at one thickness, seen by one detector."""
-
-    weights_A2: dict[str, float] = Field(description="cross-section of one atom of each element, angstrom^2")
-    blur_A: NonNegative = Field(description="standard deviation per axis that widens the probe further, angstrom")
-    background: float = Field(description="fraction of the beam that is there everywhere")
-    thickness_nm: Positive = Field(description="thickness of whole cells, nm")
-    voltage_kV: Positive = Field(description="beam voltage, kV")
-    semi_angle_mrad: Positive = Field(description="convergence semi-angle, mrad")
-    inner_mrad: NonNegative = Field(description="inner angle of the detector, mrad")
-    outer_mrad: Positive = Field(description="outer angle of the detector, mrad")
-    residual: NonNegative = Field(description="root mean square misfit over the range, phonon noise included")
+def cache_folder() -> Path:
+    """Where fits are kept: ``$XDG_CACHE_HOME/aecontrol``, by default ``~/.cache/aecontrol``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aecontrol"
 
 
-def calibrate(
-    cell: Block,
-    cell_height_A: float,
-    thickness_nm: float,
-    optics: Optics,
-    annulus: tuple[float, float],
-    configurations: int = 6,
-    seed: int = 0,
-    folder: Path | None = None,
-) -> Calibration:
-    """Fit the linear model to multislice of ``cell``, repeated every ``cell_height_A`` up to ``thickness_nm``.
+def calibrate(specimen: Specimen, optics: Optics, annulus: Annulus, folder: Path | None = None) -> Calibration:
+    """Fit to multislice of the middle of ``specimen``, or what an earlier fit of the same left in ``folder``.
 
     ``annulus``: (inner, outer) mrad. The source of ``optics`` is left out of both sides, so the fit holds for any.
-    Results are kept in ``folder``, if given, as json. Raises BadInput without abTEM and for less than one cell.
+    Takes some ten CPU seconds at 5 nm. Raises BadInput without abTEM, for a probe that is not round, and where there
+    are no atoms.
     """
-    require_abtem()
-    layers = round(nm_to_angstrom(thickness_nm) / cell_height_A)
-    if layers < 1:
-        raise BadInput(
-            f"{thickness_nm} nm is less than half a cell of {angstrom_to_nm(cell_height_A):.3g} nm",
-            "give a thickness of at least one cell",
-        )
+    if not optics.round:
+        raise BadInput("a calibrated model needs a round probe", "set a1_nm, a2_nm and b2_nm to 0")
     sharp = optics.model_copy(update={"source_fwhm_nm": 0.0})
-    crystal = repeated(cell, cell_height_A, layers)
-    settings = (sharp.model_dump(mode="json"), annulus, configurations, seed, POSITIONS)
-    stored = folder and folder / f"{content_key(settings, crystal)}.json"
-    if stored and stored.exists():
+    block, low, high = _sample(specimen, sharp)
+    settings = (sharp.model_dump(mode="json"), annulus, CONFIGURATIONS, POSITIONS, PRIOR, low.tolist(), high.tolist())
+    stored = (folder or cache_folder()) / f"{content_key(settings, block)}.json"
+    if stored.is_file():
         return Calibration.model_validate_json(stored.read_text())
-    probe, seen = _sampled(crystal, sharp, annulus, configurations, seed)
-    weights, background, blur, residual = _fitted(cell, layers, sharp, probe, seen)
-    found = Calibration(
-        weights_A2=weights,
-        blur_A=blur,
-        background=background,
-        thickness_nm=angstrom_to_nm(layers * cell_height_A),
-        voltage_kV=optics.voltage_kV,
-        semi_angle_mrad=optics.semi_angle_mrad,
-        inner_mrad=annulus[0],
-        outer_mrad=annulus[1],
-        residual=residual,
-    )
-    if stored:
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        stored.write_text(found.model_dump_json(indent=1))
+    probe, seen = [], []
+    for i in range(CONFIGURATIONS):
+        probe.append(_places(block, low, high, i))
+        seen.append(scan_block(block, sharp, {"annulus": annulus}, probe[-1], 1, 0, first=i)[0, 0])
+    found = _fitted(block, sharp, annulus, np.concatenate(probe), np.concatenate(seen))
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    partial = stored.with_suffix(f".{os.getpid()}")
+    partial.write_text(found.model_dump_json(indent=1))
+    partial.replace(stored)
     return found
 
 
-def repeated(cell: Block, cell_height_A: float, layers: int) -> Block:
-    """``cell`` repeated ``layers`` times along the beam and sideways to at least BOX_A."""
-    across = [math.ceil(BOX_A / side) for side in cell.extent_A]
-    indices = np.indices((across[0], across[1], layers)).reshape(3, -1).T
-    sides = np.array([*cell.extent_A, cell_height_A])
-    shifts = indices[:, None, :] * sides
-    copies = len(shifts)
-    extent = (across[0] * cell.extent_A[0], across[1] * cell.extent_A[1])
-    where = (shifts + cell.positions_A).reshape(-1, 3)
-    return Block(where, np.tile(cell.numbers, copies), np.tile(cell.rms_u_A, copies), extent)
+def _sample(specimen: Specimen, sharp: Optics) -> tuple[Block, Array, Array]:
+    """Atoms in a box, and the corners of the part of it that may be scanned: all of a block of whole periods, or the
+    middle of a cut-out that has none."""
+    middle = nm_to_angstrom(0.5) * np.asarray(specimen.size_nm)
+    if specimen.period_A is None:
+        corners = middle + 0.5 * SIDE_A * np.array([[-1.0, -1.0], [1.0, 1.0]])
+        block, corner = cut_out(specimen, corners, sharp.semi_angle_mrad)
+        return block, corners[0] - corner, corners[1] - corner
+    sides = np.linalg.norm(specimen.period_A, axis=1)
+    axes = specimen.period_A / sides[:, None]
+    extent = sides * np.ceil(BOX_A / sides)
+    # whole periods from the middle on; the odd start keeps atoms off the seam
+    where = (specimen.positions_A[:, :2] - middle) @ axes.T + 0.5 * extent + 0.137
+    inside = specimen.alive & np.all((where >= 0.0) & (where < extent), axis=1)
+    positions = np.column_stack([where[inside], specimen.positions_A[inside, 2]])
+    width, height = (float(side) for side in extent)
+    block = Block(positions, specimen.atomic_numbers[inside], specimen.rms_u_A[inside], (width, height))
+    return block, np.zeros(2), extent
 
 
-def modelled(calibration: Calibration, cell: Block, cell_height_A: float, optics: Optics, probe_A: Array) -> Array:
-    """The linear model of the periodic crystal at ``probe_A`` [m, 2]: fraction of the beam [m]."""
-    layers = round(nm_to_angstrom(calibration.thickness_nm) / cell_height_A)
-    numbers = np.unique(cell.numbers)
-    columns = _columns(cell, layers, optics, probe_A, calibration.blur_A)
-    weights = np.array([calibration.weights_A2[SYMBOLS[int(number)]] for number in numbers])
-    return np.asarray(columns @ weights + calibration.background)
+def _places(block: Block, low: Array, high: Array, turn: int) -> Array:
+    """Probe positions [POSITIONS, 2]: a third anywhere, the others near atoms, each element in turn.
 
-
-def _sampled(
-    crystal: Block, optics: Optics, annulus: tuple[float, float], configurations: int, seed: int
-) -> tuple[Array, Array]:
-    """Positions [n, 2] and what is seen there. Each phonon configuration sees its own positions, all over the box.
-
-    A third lie anywhere, the others near an atom, each species in turn: a column's signal differs by a tenth from
-    configuration to configuration, so it has to be seen often, and not always the same column.
+    A column's signal differs by a tenth from one phonon configuration to the next, so it has to be seen often, and not
+    always the same column.
     """
-    numbers = np.unique(crystal.numbers)
-    where, seen = [], []
-    for i in range(configurations):
-        random = stream(seed, "calibration-probes", i)
-        probe = random.random((POSITIONS, 2)) * crystal.extent_A
-        for j in range(POSITIONS // 3, POSITIONS):
-            atom = random.choice(np.flatnonzero(crystal.numbers == numbers[j % len(numbers)]))
-            probe[j] = crystal.positions_A[atom, :2] + NEAR_A * random.standard_normal(2)
-        where.append(probe)
-        seen.append(scan_block(crystal, optics, {"annulus": annulus}, probe, 1, seed, first=i)[0, 0])
-    return np.concatenate(where), np.concatenate(seen)
+    random = stream(0, "calibration-probes", turn)
+    flat = block.positions_A[:, :2]
+    inside = np.flatnonzero(np.all((flat > low) & (flat < high), axis=1))
+    where = low + random.random((POSITIONS, 2)) * (high - low)
+    numbers = np.unique(block.numbers[inside])
+    for j in range(POSITIONS // 3, POSITIONS if len(inside) else 0):
+        atom = random.choice(inside[block.numbers[inside] == numbers[j % len(numbers)]])
+        where[j] = flat[atom] + NEAR_A * random.standard_normal(2)
+    return np.asarray(np.clip(where, low, high))
 
 
-def _fitted(
-    cell: Block, layers: int, optics: Optics, probe_A: Array, seen: Array
-) -> tuple[dict[str, float], float, float, float]:
-    """Weights, background, blur and misfit over the range, by least squares."""
+def _fitted(block: Block, sharp: Optics, annulus: Annulus, probe_A: Array, seen: Array) -> Calibration:
+    """Weights, background and width by least squares; each weight is drawn a little to that of a single atom."""
     from scipy.optimize import minimize_scalar
 
-    def fit(blur_A: float) -> tuple[Array, float]:
-        design = np.column_stack([_columns(cell, layers, optics, probe_A, blur_A), np.ones(len(seen))])
-        found = np.linalg.lstsq(design, seen)[0]
+    single = objects(sharp, annulus)
+    numbers = np.unique(block.numbers)
+    strengths = np.array([single.strength_A2(int(number)) for number in numbers])
+    distances = [_distances(block, block.numbers == number, probe_A) for number in numbers]
+    motion = [float(np.mean(block.rms_u_A[block.numbers == number] ** 2)) for number in numbers]
+    radii = np.linspace(0.0, REACH_A, 601)
+    prior = PRIOR * float(np.ptp(seen)) * np.eye(len(numbers), len(numbers) + 1)
+
+    def fit(width_A: float) -> tuple[Array, float]:
+        columns = []
+        for strength, variance, (where, distance) in zip(strengths, motion, distances, strict=True):
+            light = np.interp(distance, radii, radial_probe(sharp, variance + width_A**2, radii))
+            columns.append(strength * np.bincount(where, weights=light, minlength=len(probe_A)))
+        design = np.column_stack([*columns, np.ones(len(seen))])
+        system, right = np.concatenate([design, prior]), np.concatenate([seen, prior[:, :-1].sum(axis=1)])
+        found = np.linalg.lstsq(system, right, rcond=None)[0]
         return np.asarray(found), float(np.mean((design @ found - seen) ** 2))
 
-    blur = float(minimize_scalar(lambda b: fit(b)[1], bounds=(0.0, MAX_BLUR_A), method="bounded").x)
-    found, squared = fit(blur)
-    symbols = [SYMBOLS[int(number)] for number in np.unique(cell.numbers)]
-    weights = {symbol: float(weight) for symbol, weight in zip(symbols, found, strict=False)}
-    return weights, float(found[-1]), blur, math.sqrt(squared) / float(np.ptp(seen))
+    width = float(minimize_scalar(lambda w: fit(w)[1], bounds=(0.0, MAX_WIDTH_A), method="bounded").x)
+    found, squared = fit(width)
+    return Calibration(
+        weights_A2={
+            SYMBOLS[int(number)]: float(factor * strength)
+            for number, factor, strength in zip(numbers, found[:-1], strengths, strict=True)
+        },
+        width_A=width,
+        background=float(found[-1]),
+        thickness_nm=max(angstrom_to_nm(float(np.ptp(block.positions_A[:, 2]))), 0.1),
+        voltage_kV=sharp.voltage_kV,
+        semi_angle_mrad=sharp.semi_angle_mrad,
+        detector_mrad=annulus,
+        residual=math.sqrt(squared) / float(np.ptp(seen)),
+    )
 
 
-def _columns(cell: Block, layers: int, optics: Optics, probe_A: Array, blur_A: float) -> Array:
-    """Sum of the widened probe over the atoms of each species, [positions, species], 1/angstrom^2: a Fourier series."""
-    width, height = cell.extent_A
-    reach = [math.floor(optics.band_limit_per_A * side) for side in cell.extent_A]
-    kx, ky = (np.arange(-n, n + 1) / side for n, side in zip(reach, cell.extent_A, strict=True))
-    pixels = 2 * (math.ceil(PROBE_EXTENT_A * optics.band_limit_per_A) + 2)
-    axis = (np.arange(pixels) - pixels // 2) * (PROBE_EXTENT_A / pixels)
-    cosines = [np.cos(2.0 * math.pi * k[:, None] * axis) for k in (kx, ky)]
-    sines = [np.sin(2.0 * math.pi * k[:, None] * axis) for k in (kx, ky)]
-    probe = probe_intensity(optics, pixels)
-    transfer = cosines[1] @ probe @ cosines[0].T - sines[1] @ probe @ sines[0].T  # [ky, kx]; real, the probe is even
-    squared = kx**2 + ky[:, None] ** 2
-    ahead_x = np.exp(2j * math.pi * kx[:, None] * probe_A[:, 0])
-    ahead_y = np.exp(2j * math.pi * ky[:, None] * probe_A[:, 1])
-    columns = []
-    for number in np.unique(cell.numbers):
-        chosen = cell.numbers == number
-        x, y = cell.positions_A[chosen, :2].T
-        variance = float(np.mean(cell.rms_u_A[chosen] ** 2)) + blur_A**2
-        structure = np.exp(-2j * math.pi * ky[:, None] * y) @ np.exp(-2j * math.pi * x[:, None] * kx)
-        series = structure * transfer * np.exp(-2.0 * math.pi**2 * variance * squared) * (layers / (width * height))
-        columns.append(np.einsum("kl,km,lm->m", series, ahead_y, ahead_x, optimize=True).real)
-    return np.stack(columns, axis=1)
+def _distances(block: Block, chosen: NDArray[np.bool_], probe_A: Array) -> tuple[NDArray[np.int64], Array]:
+    """Every pair of a probe position and a chosen atom (or periodic image of one) within REACH_A: index of the
+    position, distance."""
+    flat = block.positions_A[chosen, :2]
+    where, distance = [], []
+    for image in np.ndindex(3, 3):
+        shifted = flat + (np.array(image) - 1) * np.asarray(block.extent_A)
+        apart = np.hypot(*(probe_A[:, None, :] - shifted).transpose(2, 0, 1))
+        near = apart < REACH_A
+        where.append(np.nonzero(near)[0])
+        distance.append(apart[near])
+    return np.concatenate(where), np.concatenate(distance)

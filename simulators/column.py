@@ -44,6 +44,8 @@ DISPLACED_A = 10.0
 """Atoms are looked for this far from where they were born."""
 
 LineBlockHook = Callable[[int, int], None]
+Paint = Callable[[Specimen, Array], Images]
+"""Images of a specimen at probe positions [..., 2] nm, by channel."""
 
 
 class SpecimenConfig(Protocol):
@@ -98,8 +100,13 @@ class SimulatedColumn:
     ) -> None:
         check_detectors(detectors)
         annuli = {name: detector.annulus for name, detector in detectors.items()}
-        self._renderer = Renderer(optics, annuli, contrast, device=device)
         self._born = specimen.build(seed)
+        calibrations = None
+        if contrast is not None and contrast.level == "calibrated":
+            from .calibration import calibrate
+
+            calibrations = {name: calibrate(self._born, optics, annulus) for name, annulus in annuli.items()}
+        self._renderer = Renderer(optics, annuli, contrast, calibrations, device)
         self._index = CellIndex(self._born.positions_A[:, :2], CELL_A)
         self._body = DamagedSpecimen(self._born, damage, optics, seed)
         self._scan, self._detectors = scan, dict(detectors)
@@ -123,10 +130,9 @@ class SimulatedColumn:
         """Detector channels."""
         return tuple(self._detectors)
 
-    def limits(self) -> tuple[str, ...]:
-        """Where the image model may not be trusted on this specimen, one line a channel."""
-        found = self._renderer.validity(self._born.thickness_nm, self._born.zone_axis)
-        return tuple(f"{name} images: {validity.note}" for name, validity in found.items() if validity.note)
+    def validity(self) -> dict[str, Validity]:
+        """What may be claimed of the images of this specimen, by channel."""
+        return self._renderer.validity(self._born.thickness_nm, self._born.zone_axis)
 
     @property
     def meter(self) -> int:
@@ -147,14 +153,21 @@ class SimulatedColumn:
             seconds=self._scan.frame_s(region),
             started_s=started_s,
             flags=flags,
-            validity=self._renderer.validity(self._born.thickness_nm, self._born.zone_axis),
+            validity=self.validity(),
         )
 
-    def preview(self, ordinal: int, region: ScanRegion) -> Images:
+    def preview(self, ordinal: int, region: ScanRegion, paint: Paint | None = None) -> Images:
         """The frame that firing now would give if the beam harmed nothing, noise and all; nothing is exposed. For
-        training sets only."""
+        simulations only. ``paint`` stands in for the linear model (fractions of the beam, vacuum included)."""
         points_nm = self._scan.positions_nm(region, self.clock_s, self._seed, ordinal, self._charge)
-        images = self._atoms(None, self._body.alive, self._body.positions_A, points_nm, region.rotation_rad)
+        if paint is None:
+            images = self._atoms(None, self._body.alive, self._body.positions_A, points_nm, region.rotation_rad)
+        else:
+            vacuum = self._renderer.vacuum
+            images = {
+                name: np.asarray(image - np.float32(vacuum[name]), dtype=np.float32)
+                for name, image in paint(self.snapshot(), points_nm).items()
+            }
         return self._read(ordinal, region, images, self._electrons(ordinal, region), self._charge)[0]
 
     def absorb(self, ordinal: int, region: ScanRegion) -> None:

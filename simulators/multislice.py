@@ -119,17 +119,19 @@ def scan_block(
 ) -> Array:
     """Fraction of the beam on each annulus (inner, outer mrad) at ``probe_A`` [m, 2], [configurations, annuli, m].
 
-    The source of ``optics`` is a displacement of all atoms, a different one for each configuration; its ``detector_*``
-    angles are not used. Averaged over its first axis this is the image. ``first`` is the number of the first
-    configuration, so that a scan can be done in parts. Raises BadInput without abTEM or when the job is too large.
+    The source of ``optics`` is a displacement of all atoms and its defocus spread another C1, different ones for each
+    configuration. Averaged over its first axis this is the image. ``first`` is the number of the first configuration,
+    so that a scan can be done in parts. Raises BadInput without abTEM or when the job is too large.
     """
     require_abtem()
     pixels = block.pixels(optics.voltage_kV, largest_angle_mrad(optics, detectors))
     check_cost(len(probe_A) + TAIL_PROBES, configurations, block.layers, pixels)
     offsets = source_offsets_A(optics.source_sigma_A, configurations)
-    probe, lost = _probe(optics, block.extent_A, pixels)
+    defoci_nm = optics.c1_nm + defocus_offsets_nm(optics.defocus_spread_nm, configurations)
     result = np.empty((configurations, len(detectors), len(probe_A)))
     for i in range(configurations):
+        defocused = optics.model_copy(update={"c1_nm": float(defoci_nm[i])})
+        probe, lost = _probe(defocused, block.extent_A, pixels)
         positions = block.shaken(seed, first + i)
         positions[:, :2] += offsets[i]
         elsewhere = stream(seed, "tail-probes", first + i).random((TAIL_PROBES, 2)) * block.extent_A
@@ -184,6 +186,16 @@ def source_offsets_A(sigma_A: float, n: int) -> Array:
     return np.asarray(points * (sigma_A / points.std(axis=0))) if n > 1 else points
 
 
+def defocus_offsets_nm(spread_nm: float, n: int) -> Array:
+    """``n`` equally likely defoci [n] of a Gaussian spread, nm, in an order that goes with no other."""
+    if spread_nm == 0.0:
+        return np.zeros(n)
+    from scipy.special import ndtri
+
+    offsets = ndtri((np.arange(n) + 0.5) / n)
+    return np.asarray(spread_nm * offsets / max(float(offsets.std()), 1e-12))[stream(0, "defoci").permutation(n)]
+
+
 def _probe(optics: Optics, extent_A: tuple[float, float], pixels: tuple[int, int]) -> tuple[abtem.Probe, float]:
     """abTEM's probe, and the share of a true probe that its box loses because the aperture's edge is soft."""
     import abtem
@@ -194,7 +206,12 @@ def _probe(optics: Optics, extent_A: tuple[float, float], pixels: tuple[int, int
         "C10": nm_to_angstrom(optics.c1_nm),
         "C12": nm_to_angstrom(optics.a1_nm),
         "phi12": math.radians(optics.a1_deg),
+        "C23": nm_to_angstrom(optics.a2_nm),
+        "phi23": math.radians(optics.a2_deg),
+        "C21": nm_to_angstrom(optics.b2_nm),
+        "phi21": math.radians(optics.b2_deg),
         "C30": optics.c3_um * 1e4,
+        "C50": optics.c5_mm * 1e7,
     }
     plain = np.abs(np.fft.fft2(abtem.Probe(**settings, **grid).build(lazy=False).array))
     aperture = plain / plain.max()
@@ -280,9 +297,8 @@ class MultisliceRenderer:
         return {name: image.reshape(shape) for name, image in zip(self.detectors, images, strict=True)}
 
     def _key(self, block: Block, probe_A: Array) -> str:
-        unused = {"detector_inner_mrad", "detector_outer_mrad"}
         settings = (
-            self.optics.model_dump(mode="json", exclude=unused),
+            self.optics.model_dump(mode="json"),
             list(self.detectors.values()),
             self.phonon_configurations,
             self.seed,

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from aecontrol.errors import BadInput
 from aecontrol.units import nm_to_angstrom
 
-from .elements import check_numbers
+from .elements import SYMBOLS, check_numbers
 from .optics import Optics, transfer
 from .scattering import (
     LINEAR_THICKNESS_NM,
@@ -229,6 +229,10 @@ class Renderer:
         import torch
 
         found = self.objects[name]
+        if np.isnan(found.amplitudes_A2[number]).any():
+            raise BadInput(
+                f"{SYMBOLS[number]} is not in the calibration of channel {name}", "calibrate a place that holds it"
+            )
         squared = torch.as_tensor(_Band.of(shape, self.grid_A, self.band_per_A).squared_per_A2, device=self.device)
         table = torch.zeros_like(squared)
         for amplitude, width in zip(found.amplitudes_A2[number], found.widths_A, strict=True):

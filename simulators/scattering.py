@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from aecontrol.errors import BadInput
-from aecontrol.types import Model
+from aecontrol.types import Model, NonNegative, Positive
 
-from .elements import SYMBOLS
+from .elements import NUMBERS, SYMBOLS
 from .optics import Optics, lorentz_factor, transfer, wavelength_A
 
 Array = NDArray[np.float64]
@@ -44,22 +44,28 @@ _REFERENCE = (80.0, 30.0, (86.0, 200.0))
 
 
 class Contrast(Model):
-    """How scattering is modelled. ``auto``: tables where they are shipped for the optics, else the power law."""
+    """How scattering is modelled. ``auto``: tables where they are shipped for the optics, else the power law;
+    ``calibrated``: fitted to multislice of the very specimen (extra ``multislice``; the fit is kept on disk)."""
 
-    level: Literal["auto", "table", "power"] = Field("auto", description="source of the scattering strengths")
+    level: Literal["auto", "table", "power", "calibrated"] = Field(
+        "auto", description="source of the scattering strengths"
+    )
     exponent: Annotated[float, Field(ge=1.0, le=2.5)] | None = Field(
         None, description="n of Z^n for level 'power'; null: the calibrated value, else 1.7"
     )
 
 
 class Calibration(Model):
-    """Scattering of one specimen at one thickness, fitted to multislice: see ``simulators.multislice.calibrate``."""
+    """Scattering of one specimen at one thickness, fitted to multislice: see :mod:`simulators.calibration`."""
 
-    weights_A2: dict[str, float] = Field(description="cross-section per atom by element, angstrom^2")
-    blur_A: float = Field(ge=0, description="width of the common Gaussian object, angstrom")
-    background: float = Field(0.0, description="fraction of the beam detected everywhere")
-    thickness_nm: float = Field(gt=0, description="thickness that it was fitted at, nm")
-    detector_mrad: tuple[float, float] = Field(description="inner and outer angle that it was fitted at, mrad")
+    weights_A2: dict[str, float] = Field(description="cross-section of one atom by element, angstrom^2")
+    width_A: NonNegative = Field(description="standard deviation per axis of the common Gaussian object, angstrom")
+    background: float = Field(description="fraction of the beam that is detected everywhere")
+    thickness_nm: Positive = Field(description="thickness of the specimen, nm")
+    voltage_kV: Positive = Field(description="beam voltage, kV")
+    semi_angle_mrad: Positive = Field(description="convergence semi-angle, mrad")
+    detector_mrad: tuple[NonNegative, Positive] = Field(description="inner and outer angle of the detector, mrad")
+    residual: NonNegative = Field(description="root mean square misfit over the range, phonon noise included")
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,9 @@ def objects(
     """The object functions that ``contrast`` asks for. Raises BadInput when it asks for tables that are not shipped."""
     contrast = contrast or Contrast()
     if calibration is not None:
-        return _calibrated(annulus, calibration)
+        return _calibrated(optics, annulus, calibration)
+    if contrast.level == "calibrated":
+        raise BadInput("contrast.level = 'calibrated' without a calibration", "give the renderer calibrations")
     if contrast.level != "power":
         if _table_key(optics) in _tables() and annulus[1] <= _reach_mrad():
             return _from_table(optics.voltage_kV, optics.semi_angle_mrad, annulus)
@@ -187,17 +195,18 @@ def _empty(optics: Optics, annulus: Annulus) -> float:
     return outer - inner
 
 
-def _calibrated(annulus: Annulus, calibration: Calibration) -> Objects:
-    if tuple(calibration.detector_mrad) != tuple(annulus):
+def _calibrated(optics: Optics, annulus: Annulus, calibration: Calibration) -> Objects:
+    made_for = (calibration.voltage_kV, calibration.semi_angle_mrad, tuple(calibration.detector_mrad))
+    asked_for = (optics.voltage_kV, optics.semi_angle_mrad, tuple(annulus))
+    if made_for != asked_for:
         raise BadInput(
-            f"the calibration is for a detector of {calibration.detector_mrad} mrad, not {annulus}",
-            "calibrate at the detector that is used",
+            f"the calibration is for {made_for} (kV, mrad, detector mrad), not {asked_for}",
+            "calibrate with the optics and the detector that are used",
         )
-    numbers = {symbol: number for number, symbol in SYMBOLS.items()}
     amplitudes = np.full((max(SYMBOLS) + 1, 1), np.nan)
     for symbol, weight in calibration.weights_A2.items():
-        amplitudes[numbers[symbol]] = weight
-    return Objects(amplitudes, np.array([calibration.blur_A]), calibration.background, True, "calibrated")
+        amplitudes[NUMBERS[symbol]] = weight
+    return Objects(amplitudes, np.array([calibration.width_A]), calibration.background, True, "calibrated")
 
 
 def _rutherford(voltage_kV: float, inner_mrad: float, outer_mrad: float) -> float:

@@ -15,8 +15,10 @@ from aecontrol.image_sets import ImageSet, Progress
 from aecontrol.types import Count, Model, NonNegative, Positive, PositiveInt, ScanRegion
 from aecontrol.units import angstrom_to_nm, fluence_e_per_A2
 
+from .calibration import cache_folder
 from .column import SimulatedColumn
 from .materials import assumptions
+from .render import Images
 from .scan import nominal_positions_nm
 from .setup import ColumnSetup
 from .specimens import Specimen
@@ -63,6 +65,9 @@ class ScanSimulation(ColumnSetup):
     kind: Literal["scan"] = "scan"
     seed: Count = Field(0, description="of specimen, noise and damage")
     view: View = View()
+    phonon_configurations: Count = Field(
+        0, description="0: the fast linear model; else multislice with that many frozen phonons (extra 'multislice')"
+    )
     frames: PositiveInt = Field(1, description="frames of the same place, one after the other")
     interval_s: NonNegative = Field(0.0, description="time between two frames with the beam blanked, s")
 
@@ -73,15 +78,14 @@ class ScanSimulation(ColumnSetup):
         column = self.column(self.seed, device)
         region = self.view.region(column.field_nm)
         seen, ideal, alive, electrons = [], [], [], []
-        notes: dict[str, Any] = {}
         for frame in range(self.frames):
-            ideal.append(column.noiseless(region))
             alive.append(column.snapshot().alive)
-            pulse = column.fire(frame, region)
+            before = column.meter
+            images, noisy = self._frame(column, frame, region)
             column.idle(self.interval_s)
-            seen.append(pulse.channels)
-            electrons.append(pulse.electrons * region.dwell_time_s / self.scan.beam_on_s(region))
-            notes = {name: vars(validity) for name, validity in pulse.validity.items()}
+            ideal.append(images)
+            seen.append(noisy)
+            electrons.append((column.meter - before) * region.dwell_time_s / self.scan.beam_on_s(region))
             progress(frame + 1, self.frames)
         arrays = labels_of_places(column.snapshot(), region)
         arrays |= {f"noiseless_{name}": _stacked([image[name] for image in ideal]) for name in column.channels}
@@ -96,13 +100,35 @@ class ScanSimulation(ColumnSetup):
                 "title": f"simulated {self.specimen['kind']}, seed {self.seed}",
                 "settings": self.model_dump(mode="json"),
                 "region": region.model_dump(mode="json"),
-                "validity": notes,
+                "validity": self._validity(column),
                 "assumptions": list(assumptions(self.damage)),
                 "fluence_e_per_A2_per_frame": fluence_e_per_A2(electrons[0] * region.pixels, region.area_nm2),
                 "electrons_delivered": column.meter,
                 "units": "positions nm; fluence e/A^2; noiseless images are fractions of the beam",
             },
         )
+
+    def _frame(self, column: SimulatedColumn, frame: int, region: ScanRegion) -> tuple[Images, Mapping[str, Any]]:
+        """The ideal images, and what the detectors make of them; the beam has been there afterwards."""
+        if not self.phonon_configurations:
+            return column.noiseless(region), column.fire(frame, region).channels
+        from .multislice import MultisliceRenderer
+
+        annuli = {name: detector.annulus for name, detector in self.detectors.items()}
+        paint = MultisliceRenderer(self.optics, annuli, self.phonon_configurations, self.seed, cache_folder()).render
+        ideal = paint(column.snapshot(), nominal_positions_nm(region))
+        noisy = column.preview(frame, region, paint)
+        column.absorb(frame, region)
+        return ideal, noisy
+
+    def _validity(self, column: SimulatedColumn) -> dict[str, dict[str, Any]]:
+        """What may be claimed of each channel."""
+        if self.phonon_configurations:
+            note = (
+                f"multislice, {self.phonon_configurations} phonon configurations; damage shows from the next frame on"
+            )
+            return {name: {"linear_ok": True, "calibrated": True, "note": note} for name in self.detectors}
+        return {name: vars(validity) for name, validity in column.validity().items()}
 
 
 class TrainingSet(Model):

@@ -25,7 +25,8 @@ Array = NDArray[np.float64]
 SETTINGS = ((60.0, 30.0), (80.0, 30.0), (100.0, 30.0), (200.0, 21.4), (300.0, 21.4))
 """Beam voltage (kV) and convergence semi-angle (mrad) of the tables that are shipped."""
 RADII_A: Array = np.linspace(0.0, 7.0, 71)
-EDGES_MRAD: Array = np.linspace(0.0, 220.0, 45)
+EDGES_MRAD: Array = np.sort(np.append(np.linspace(0.0, 220.0, 45), [10.7, 21.4]))
+"""Every 5 mrad, and at the edge and half the edge of each bright disc, where the signal does not grow smoothly."""
 BOX_A = 20.0
 """Side of the box that holds the atom; one of 28 changes the peaks of the annulus 86-200 mrad by less than 1e-3."""
 OVERSAMPLING = 8.0

@@ -47,7 +47,8 @@ class Specimen:
     ``arrays``: further labels per atom, name -> [n, ...] (e.g. 'polarisation' [n, 2] angstrom, 'tilt_deg' [n, 3],
     'domain', 'phase', 'ring'); NaN or -1 where a label does not apply. ``fields``: labels of places, name -> function
     of positions [..., 2] nm. ``material`` names the class of material (for damage presets). ``zone_axis``: columns
-    are seen end on. ``target_sites``: the sites whose columns are targets (empty: all).
+    are seen end on. ``period_A`` [2, 2]: two perpendicular vectors in the plane with which the perfect lattice repeats
+    (None: it does not). ``target_sites``: the sites whose columns are targets (empty: all).
     """
 
     positions_A: Vectors
@@ -64,6 +65,7 @@ class Specimen:
     fields: Mapping[str, FieldLabel] = field(default_factory=dict)
     material: str = ""
     zone_axis: bool = True
+    period_A: Vectors | None = None
     target_sites: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -131,6 +133,7 @@ def assemble(
     fields: Mapping[str, FieldLabel] | None = None,
     material: str = "",
     zone_axis: bool = True,
+    period_A: Vectors | None = None,
     target_sites: tuple[str, ...] = (),
 ) -> Specimen:
     """A specimen with defaults filled in: every atom its own column and bond unit, its symbol its site, no defects.
@@ -167,6 +170,7 @@ def assemble(
         fields=dict(fields or {}),
         material=material,
         zone_axis=zone_axis,
+        period_A=period_A,
         target_sites=target_sites,
     )
     per_atom = ("alive", "column_id", "site", "defect", "defect_id", "unit")
@@ -175,6 +179,12 @@ def assemble(
     if wrong:
         raise BadInput(f"{', '.join(wrong)}: not one entry for each of {n} atoms")
     return specimen
+
+
+def in_plane_turn(rotation_deg: float) -> Vectors:
+    """[2, 2] matrix that turns row vectors from +x towards +y: (x, y) @ turn."""
+    c, s = math.cos(math.radians(rotation_deg)), math.sin(math.radians(rotation_deg))
+    return np.array([[c, s], [-s, c]])
 
 
 def tile(
@@ -190,8 +200,7 @@ def tile(
     expected = np.prod(np.asarray(size_nm) + 2 * MARGIN_NM) * 100.0 / abs(np.linalg.det(vectors)) * len(basis)
     if expected > 1.5 * MAX_ATOMS:
         raise BadInput(f"about {expected:.3g} atoms are more than {MAX_ATOMS}", "make the field or thickness smaller")
-    c, s = math.cos(math.radians(rotation_deg)), math.sin(math.radians(rotation_deg))
-    turn = np.array([[c, s], [-s, c]])  # row vectors: (x, y) @ turn turns +x towards +y
+    turn = in_plane_turn(rotation_deg)
     turned = vectors @ turn
     half = nm_to_angstrom(1.0) * (0.5 * np.asarray(size_nm) + MARGIN_NM)
     corners = half * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])

@@ -13,7 +13,7 @@ from aecontrol.types import Model, Positive
 from aecontrol.units import nm_to_angstrom
 
 from ..streams import stream
-from .base import SizeNm, Specimen, Vectors, assemble, tile
+from .base import SizeNm, Specimen, Vectors, assemble, in_plane_turn, tile
 
 LLZO_A = 12.9682
 FRAMEWORK = {"La": (1 / 8, 0.0, 1 / 4), "Zr": (0.0, 0.0, 0.0), "O": (0.2822, 0.1006, 0.1950)}
@@ -61,6 +61,7 @@ class Llzo(Model):
             unit=np.unique(unit, return_inverse=True)[1],
             fields={"grain": lambda where: np.zeros(np.shape(where)[:-1], dtype=np.int64)},
             material="llzo",
+            period_A=LLZO_A * in_plane_turn(self.rotation_deg),
         )
 
 

@@ -71,6 +71,7 @@ class SrTiO3(Model):
             unit=sites.unit,
             arrays={"tilt_deg": tilt_labels(sites.half, names, place), "mismatch_A": place.mismatch_A(sites.half)},
             material="perovskite",
+            period_A=(2.0 if any(self.tilt_deg) else 1.0) * SRTIO3_A * sites.turn[:2, :2],
         )
 
 
