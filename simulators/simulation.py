@@ -165,9 +165,14 @@ class TrainingSet(Model):
                 yield self.shard(index, device)
                 progress(index + 1, shards)
             return
-        from dask.base import compute
-        from dask.delayed import delayed
-
+        try:
+            from dask.base import compute
+            from dask.delayed import delayed
+        except ImportError:
+            raise BadInput(
+                f"--workers {workers} needs dask, which is not installed",
+                "pip install -c constraints.txt -e '.[bench]', or leave --workers out",
+            ) from None
         for first in range(0, shards, workers):
             batch = [delayed(self.shard)(index, device) for index in range(first, min(first + workers, shards))]
             yield from compute(*batch, scheduler="processes", num_workers=workers)  # type: ignore[no-untyped-call]

@@ -96,6 +96,44 @@ def test_a_series_shows_damage_that_grows_with_dose_and_shrinks_with_cold():
     assert still[0] > still[1] > still[2]
 
 
+def test_a_scan_by_multislice_takes_any_detector_and_pays_like_any_other():
+    pytest.importorskip("abtem", reason="abTEM is not installed: pip install -e '.[multislice]'")
+    annuli = {"HAADF": {}, "ABF": {"inner_mrad": 15.0, "outer_mrad": 30.0, "dark_counts": 0.0}}
+    raw = small_mos2(phonon_configurations=1, optics__source_fwhm_nm=0.0, detectors=annuli)
+    raw["view"] = {"fov_nm": [0.4, 0.4], "shape": [5, 5], "dwell_time_s": 1e-2}
+    (images,) = produced(raw)
+    assert 0.6 < images.arrays["noiseless_ABF"].mean() < 0.75  # three quarters of the disc, less what scatters away
+    assert images.channels["ABF"].mean() == pytest.approx(
+        images.arrays["noiseless_ABF"].mean() * images.arrays["electrons_per_pixel"], rel=0.03
+    )
+    assert "multislice" in images.metadata["validity"]["ABF"]["note"]
+    assert images.metadata["electrons_delivered"] == pytest.approx(25 * images.arrays["electrons_per_pixel"])
+
+
+def test_a_focal_series_shows_atoms_where_its_truth_says(tmp_path):
+    pytest.importorskip("abtem", reason="abTEM is not installed: pip install -e '.[multislice]'")
+    raw = table("simulate_tem.toml", fov_nm=[2.0, 1.5], electrons_per_A2=1e6, focal_jitter_nm=0.0)
+    (images,) = produced(raw)
+    assert images.channels["TEM"].shape[0] == 3
+    assert np.all(np.diff(images.arrays["c1_nm"]) > 0)
+    scherzer = images.channels["TEM"][1].astype(float)
+    rows, cols = scherzer.shape
+    assert cols * images.pixel_size_nm[0] == pytest.approx(2.0, abs=0.02)
+    assert rows * images.pixel_size_nm[1] == pytest.approx(1.5, abs=0.02)
+    # atoms are dark at Scherzer focus: a picture of dots at the listed places fits best without any shift
+    at = images.arrays["atoms_px"][images.arrays["atoms_alive"]]
+    y, x = np.mgrid[:rows, :cols] + 0.5
+    sigma = 0.03 / images.pixel_size_nm[0]
+    shifts = np.arange(-3.0, 3.5, 0.5)
+
+    def fit(dx, dy):
+        dots = sum(np.exp(-((x - px - dx) ** 2 + (y - py - dy) ** 2) / (2 * sigma**2)) for px, py in at)
+        return -np.corrcoef(dots.ravel(), scherzer.ravel())[0, 1]
+
+    assert shifts[np.argmax([fit(dx, 0.0) for dx in shifts])] == pytest.approx(0.0, abs=0.5)
+    assert shifts[np.argmax([fit(0.0, dy) for dy in shifts])] == pytest.approx(0.0, abs=0.5)
+
+
 def test_without_dose_nothing_happens():
     raw = table("simulate_llzo_series.toml", view__shape=[8, 8], view__dwell_time_s=1e-8)
     (images,) = produced(raw)
