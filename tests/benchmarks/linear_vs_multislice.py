@@ -1,8 +1,8 @@
-"""How well the fast linear images follow stored frozen-phonon multislice (tests/data/multislice). Needs abTEM for SrTiO3.
+"""How well the fast linear images follow the stored frozen-phonon multislice in tests/data/multislice.
 
-python tests/benchmarks/linear_vs_multislice.py [--write]
+python -m tests.benchmarks.linear_vs_multislice [--write]      SrTiO3 needs abTEM
 Bars: MoS2 (tables of single atoms) corr >= 0.998, NRMSE <= 2 %; SrTiO3 [001] 5 nm (one calibration) 0.998 and 1 %.
-NRMSE is over the range of the reference, without any scale or offset of our own; its floor is the reference's own noise.
+NRMSE is over the range of the reference, without any scale or offset of our own; its floor is the reference's noise.
 --write stores the calibrations that the tests use.
 """
 

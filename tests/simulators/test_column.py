@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skimage.registration import phase_cross_correlation
 
 from aecontrol.types import ScanRegion
 from aecontrol.units import electrons_per_second
@@ -11,7 +12,7 @@ from simulators.detector import Detector
 from simulators.optics import Optics
 from simulators.render import Renderer
 from simulators.scan import Charging, ScanModel, nominal_positions_nm
-from simulators.specimens.sheets import Mos2
+from simulators.specimens.sheets import Mos2, SulphurVacancies
 
 CURRENT_PA = 50.0
 FRAGILE = Damage(critical_fluence_e_per_A2={"S": 2e3}, radiolysis_removes=0.5)
@@ -224,3 +225,29 @@ def test_impossible_sets_of_detectors_are_refused(detectors, word):
 
 def test_saturation_is_flagged():
     assert column(detector=Detector(saturation=20.0)).fire(0, region()).flags == ("saturated",)
+
+
+def test_drift_between_two_frames_is_recovered_at_twenty_counts_a_pixel():
+    velocity = np.array([0.012, -0.008])  # nm/s: some pixels between frames, well below half a lattice constant
+    harmless = Damage(displacement_threshold_eV={}, excitation_barn={})
+    vacancies = SulphurVacancies(background_fraction=0.1, n_clusters=0)
+    misses = []
+    for seed in range(4):
+        simulated = SimulatedColumn(
+            Mos2(size_nm=(8, 8), vacancies=vacancies), Optics(), ScanModel(drift_nm_per_s=tuple(velocity)),
+            {"HAADF": Detector()}, harmless, 100.0, seed,
+        )  # fmt: skip
+        where = region(center=(4.0, 4.0), fov=(5.0, 5.0), shape=(256, 256), dwell=2e-5)
+        first = simulated.fire(0, where)
+        simulated.idle(3.0)
+        second = simulated.fire(1, where)
+        mean = first.channels["HAADF"].mean()
+        assert 15 < mean < 25
+        window = np.hanning(256)[:, None] * np.hanning(256)
+        frames = [(pulse.channels["HAADF"] - mean) * window for pulse in (first, second)]
+        (dy, dx), *_ = phase_cross_correlation(*frames, upsample_factor=100, normalization=None)
+        # the picture of the specimen moves by what the probe has drifted
+        pixels = velocity * (second.started_s - first.started_s) / (5.0 / 256)
+        misses.append(np.array([dx, dy]) - pixels)
+    assert np.abs(pixels).min() > 0.5
+    assert np.sqrt(np.mean(np.square(misses))) <= 0.1
