@@ -27,7 +27,7 @@ from .streams import stream
 Array = NDArray[np.float64]
 BOX_A = 18.0
 """Least side of the box of repeated cells."""
-POSITIONS = 36
+POSITIONS = 48
 """Probe positions of each phonon configuration, others for each."""
 NEAR_A = 0.35
 """Standard deviation per axis of the positions that are placed near atoms."""
@@ -54,7 +54,7 @@ def calibrate(
     thickness_nm: float,
     optics: Optics,
     annulus: tuple[float, float],
-    configurations: int = 6,
+    configurations: int = 12,
     seed: int = 0,
     folder: Path | None = None,
 ) -> Calibration:
