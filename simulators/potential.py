@@ -97,9 +97,11 @@ def transmissions(
     kept = np.ix_(rows, columns)  # negative frequencies count from the end
     band = antialias_aperture(pixels, (extent_A[0] / pixels[0], extent_A[1] / pixels[1]), np)
     result = np.empty((layers, *pixels), dtype=np.complex64)
+    wave = np.empty(fine, dtype=np.complex64)
     for i in range(layers):
         here = layer == i
-        potential = projected_potential(positions_A[here, :2], numbers[here], extent_A, fine)
-        spectrum = fft.fft2(np.exp(np.complex64(1j * interaction) * potential), overwrite_x=True)
+        phase = interaction * projected_potential(positions_A[here, :2], numbers[here], extent_A, fine)
+        wave.real, wave.imag = np.cos(phase), np.sin(phase)  # several times faster than a complex exponential
+        spectrum = fft.fft2(wave)
         result[i] = fft.ifft2(spectrum[kept] * (band / FOLDS**2), overwrite_x=True)
     return result

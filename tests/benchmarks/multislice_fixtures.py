@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 
 from simulators.elements import thermal_rms_A
-from simulators.multislice import Block, scan_block
+from simulators.multislice import Block, largest_angle_mrad, scan_block
 from simulators.optics import Optics
 from simulators.streams import stream
 
 FOLDER = Path(__file__).parents[1] / "data" / "multislice"
 SEED = 7
 HAADF = [(86.0, 200.0), (60.0, 200.0)]
-MOS2_CONFIGURATIONS = 96
+MOS2_CONFIGURATIONS = 72
 A_MOS2, A_STO = 3.16, 3.905
-STO_CELLS, STO_LAYERS, STO_STEPS, STO_CONFIGURATIONS = 6, 13, 16, 40
+STO_CELLS, STO_LAYERS, STO_STEPS, STO_CONFIGURATIONS = 6, 13, 16, 32
 
 
 def mos2() -> None:
@@ -93,7 +93,7 @@ def write(
         "optics": optics.model_dump(mode="json"),
         "phonon_configurations": len(seen),
         "seed": SEED,
-        "grid": block.pixels(optics.voltage_kV, max(outer for _, outer in annuli)),
+        "grid": block.pixels(optics.voltage_kV, largest_angle_mrad(optics, named(annuli))),
         "slices": block.layers,
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
