@@ -28,7 +28,7 @@ SIDE_A = 8.0
 """Side of the square in the middle of a specimen without a period in which the fit is made, angstrom."""
 BOX_A = 18.0
 """Least side of the block of whole periods in which the fit is made otherwise: every cell of it is seen."""
-CONFIGURATIONS = 6
+CONFIGURATIONS = 10
 POSITIONS = 36
 """Phonon configurations, and probe positions of each, others for each."""
 NEAR_A = 0.35
@@ -49,7 +49,7 @@ def calibrate(specimen: Specimen, optics: Optics, annulus: Annulus, folder: Path
     """Fit to multislice of the middle of ``specimen``, or what an earlier fit of the same left in ``folder``.
 
     ``annulus``: (inner, outer) mrad. The source of ``optics`` is left out of both sides, so the fit holds for any.
-    Takes some ten CPU seconds at 5 nm. Raises BadInput without abTEM, for a probe that is not round, and where there
+    Takes some thirty CPU seconds at 5 nm. Raises BadInput without abTEM, for a probe that is not round, and where there
     are no atoms.
     """
     if not optics.round:

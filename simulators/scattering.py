@@ -35,8 +35,8 @@ Annulus = tuple[float, float]
 TABLE_FILE = Path(__file__).parent / "tables" / "single_atoms.npz"
 WIDTHS_A = (0.02, 0.06, 0.1, 0.15, 0.22, 0.32, 0.5, 0.8, 1.3)
 """Widths of the Gaussians that the table's images are fitted with, angstrom."""
-POTENTIAL_WIDTH_A = 0.125
-"""r0 of the power law: makes an atom's image at 80 kV and 30 mrad about as wide (0.77 angstrom) as multislice does."""
+POTENTIAL_WIDTH_A = 0.06
+"""r0 of the power law: makes an atom's image at 80 kV and 30 mrad as wide (0.74 angstrom) as multislice does."""
 DEFAULT_EXPONENT = 1.7
 LINEAR_THICKNESS_NM = 4.0
 MIN_INNER_OVER_SEMI_ANGLE = 2.5
