@@ -19,7 +19,7 @@ from aecontrol.units import angstrom_to_nm, nm_to_angstrom
 from .elements import SYMBOLS
 from .multislice import Block, content_key, cut_out, scan_block
 from .optics import Optics
-from .scattering import Annulus, Calibration, objects, radial_probe
+from .scattering import Annulus, Calibration, cache_folder, objects, radial_probe
 from .specimens import Specimen
 from .streams import stream
 
@@ -38,11 +38,6 @@ MAX_WIDTH_A = 0.6
 PRIOR = 0.02
 """Pull of each weight towards that of a single atom, for elements that the square hardly holds: a column of weight 1
 that is seen this brightly, relative to the brightest place, counts as much as the prior."""
-
-
-def cache_folder() -> Path:
-    """Where fits are kept: ``$XDG_CACHE_HOME/aecontrol``, by default ``~/.cache/aecontrol``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aecontrol"
 
 
 def calibrate(specimen: Specimen, optics: Optics, annulus: Annulus, folder: Path | None = None) -> Calibration:

@@ -90,6 +90,11 @@ class Optics(Model):
         return nm_to_angstrom(self.source_fwhm_nm) / FWHM_PER_SIGMA
 
     @property
+    def ideal(self) -> bool:
+        """True without any aberration."""
+        return self.round and self.c1_nm == self.c3_um == self.c5_mm == self.defocus_spread_nm == 0.0
+
+    @property
     def round(self) -> bool:
         """True when the probe looks the same from every side."""
         return self.a1_nm == self.a2_nm == self.b2_nm == 0.0

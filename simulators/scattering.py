@@ -12,10 +12,10 @@ Thermal motion, source size and aberrations are convolutions that the renderer a
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,6 +38,10 @@ WIDTHS_A = (0.02, 0.06, 0.1, 0.15, 0.22, 0.32, 0.5, 0.8, 1.3)
 POTENTIAL_WIDTH_A = 0.06
 """r0 of the power law: makes an atom's image at 80 kV and 30 mrad as wide (0.74 angstrom) as multislice does."""
 DEFAULT_EXPONENT = 1.7
+ABERRATED = (
+    "the tables are of aberration-free probes: within 4 % of an atom's peak for a dark field from 2.5 semi-angles on, "
+    "a tenth for rings nearer in"
+)
 LINEAR_THICKNESS_NM = 4.0
 MIN_INNER_OVER_SEMI_ANGLE = 2.5
 _REFERENCE = (80.0, 30.0, (86.0, 200.0))
@@ -45,6 +49,7 @@ _REFERENCE = (80.0, 30.0, (86.0, 200.0))
 
 class Contrast(Model):
     """How scattering is modelled. ``auto``: tables where they are shipped for the optics, else the power law;
+    ``table``: at any optics (tables that are not shipped are computed by the extra ``multislice`` and kept on disk);
     ``calibrated``: fitted to multislice of the very specimen (extra ``multislice``; the fit is kept on disk)."""
 
     level: Literal["auto", "table", "power", "calibrated"] = Field(
@@ -95,14 +100,15 @@ def objects(
         return _calibrated(optics, annulus, calibration)
     if contrast.level == "calibrated":
         raise BadInput("contrast.level = 'calibrated' without a calibration", "give the renderer calibrations")
-    if contrast.level != "power":
-        if _table_key(optics) in _tables() and annulus[1] <= _reach_mrad():
-            return _from_table(optics.voltage_kV, optics.semi_angle_mrad, annulus)
-        if contrast.level == "table":
-            raise BadInput(
-                f"there is no table for {_table_key(optics)} and a detector out to {annulus[1]:g} mrad",
-                f"use {', '.join(table_settings())} and at most {_reach_mrad():g} mrad, or contrast.level = 'power'",
-            )
+    if contrast.level == "table" and annulus[1] > _reach_mrad():
+        raise BadInput(
+            f"a detector out to {annulus[1]:g} mrad is beyond the tables of single atoms",
+            f"use at most {_reach_mrad():g} mrad, or contrast.level = 'power'",
+        )
+    shipped = _table_key(optics) in table_settings() and annulus[1] <= _reach_mrad()
+    if contrast.level == "table" or (contrast.level == "auto" and shipped):
+        found = _from_table(optics.voltage_kV, optics.semi_angle_mrad, annulus)
+        return found if optics.ideal else replace(found, calibrated=False, note=ABERRATED)
     return _power(optics, annulus, contrast.exponent)
 
 
@@ -113,8 +119,28 @@ def table_settings() -> tuple[str, ...]:
 
 @cache
 def _tables() -> Mapping[str, NDArray[np.generic]]:
-    with np.load(TABLE_FILE) as file:
+    return _load(TABLE_FILE)
+
+
+def _load(path: Path) -> Mapping[str, NDArray[np.generic]]:
+    with np.load(path) as file:
         return {name: file[name] for name in file.files}
+
+
+def _made_tables(optics: Optics) -> Mapping[str, NDArray[np.generic]]:
+    """Tables for other optics, computed with abTEM (a minute) once and kept by a hash of what they depend on."""
+    from .single_atoms import content_key, write_tables
+
+    settings = ((optics.voltage_kV, optics.semi_angle_mrad),)
+    path = cache_folder() / f"single_atoms_{content_key(settings)}.npz"
+    if not path.is_file():
+        write_tables(path, settings)
+    return _load(path)
+
+
+def cache_folder() -> Path:
+    """Where what took long is kept: ``$XDG_CACHE_HOME/aecontrol``, by default ``~/.cache/aecontrol``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aecontrol"
 
 
 def _reach_mrad() -> float:
@@ -129,8 +155,8 @@ def _table_key(optics: Optics) -> str:
 @lru_cache(maxsize=32)
 def _from_table(voltage_kV: float, semi_angle_mrad: float, annulus: Annulus) -> Objects:
     """Fit of every element's image of one atom, minus the empty image, by probe (x) Gaussians (least squares)."""
-    tables = _tables()
     sharp = Optics(voltage_kV=voltage_kV, semi_angle_mrad=semi_angle_mrad, source_fwhm_nm=0.0)
+    tables = _tables() if _table_key(sharp) in table_settings() else _made_tables(sharp)
     within = tables[_table_key(sharp)].astype(np.float64)  # [element, radius, edge]: share of the beam inside an angle
     edges = tables["edges_mrad"].astype(np.float64)
     inner, outer = (_inside(within, edges, angle) for angle in annulus)
@@ -212,9 +238,3 @@ def _calibrated(optics: Optics, annulus: Annulus, calibration: Calibration) -> O
 def _rutherford(voltage_kV: float, inner_mrad: float, outer_mrad: float) -> float:
     solid = inner_mrad**-2 - outer_mrad**-2
     return lorentz_factor(voltage_kV) ** 2 * wavelength_A(voltage_kV) ** 4 * solid
-
-
-def table_about() -> dict[str, object]:
-    """How the shipped tables were made."""
-    about: dict[str, object] = json.loads(str(_tables()["about"]))
-    return about

@@ -9,8 +9,10 @@ No thermal motion and no source: both are convolutions with a Gaussian, exact fo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,11 +24,13 @@ from .optics import interaction_constant, wavelength_A
 from .potential import fast_size, projected_potential, require_abtem
 
 Array = NDArray[np.float64]
-SETTINGS = ((60.0, 30.0), (80.0, 30.0), (100.0, 30.0), (200.0, 21.4), (300.0, 21.4))
+Settings = tuple[tuple[float, float], ...]
+METHOD = "1"
+"""Raise it when results change: part of the key of stored tables."""
+SETTINGS: Settings = ((60.0, 30.0), (80.0, 30.0), (100.0, 30.0), (200.0, 21.4), (300.0, 21.4))
 """Beam voltage (kV) and convergence semi-angle (mrad) of the tables that are shipped."""
 RADII_A: Array = np.linspace(0.0, 7.0, 71)
-EDGES_MRAD: Array = np.sort(np.append(np.linspace(0.0, 220.0, 45), [10.7, 21.4]))
-"""Every 5 mrad, and at the edge and half the edge of each bright disc, where the signal does not grow smoothly."""
+EDGES_MRAD: Array = np.linspace(0.0, 220.0, 45)
 BOX_A = 20.0
 """Side of the box that holds the atom; one of 28 changes the peaks of the annulus 86-200 mrad by less than 1e-3."""
 OVERSAMPLING = 8.0
@@ -77,13 +81,30 @@ def single_atom_tables(
     return tables
 
 
-def write_tables(path: Path) -> None:
-    """Compute the tables of every element and every one of SETTINGS and write them to ``path`` (npz)."""
+def content_key(settings: Settings) -> str:
+    """sha256 of everything that tables for ``settings`` depend on, but for abTEM's version."""
+    grids = (_edges(settings).tolist(), RADII_A.tolist(), BOX_A, OVERSAMPLING)
+    return hashlib.sha256(repr((METHOD, settings, sorted(NUMBERS.values()), grids)).encode()).hexdigest()
+
+
+def _edges(settings: Settings) -> Array:
+    """Every 5 mrad, and at the edge and half the edge of each bright disc, where the signal does not grow smoothly."""
+    discs = [share * semi_angle_mrad for _, semi_angle_mrad in settings for share in (0.5, 1.0)]
+    return np.unique(np.append(EDGES_MRAD, discs))
+
+
+def write_tables(path: Path, settings: Settings = SETTINGS) -> None:
+    """Compute the tables of every element for each of ``settings`` (kV, mrad) and write them to ``path`` (npz).
+
+    Raises BadInput without abTEM.
+    """
     require_abtem()
     import abtem
 
-    numbers = sorted(NUMBERS.values())
-    tables = {f"{kv:g}kV_{mrad:g}mrad": single_atom_tables(kv, mrad, numbers) for kv, mrad in SETTINGS}
+    numbers, edges = sorted(NUMBERS.values()), _edges(settings)
+    tables = {
+        f"{kv:g}kV_{mrad:g}mrad": single_atom_tables(kv, mrad, numbers, edges_mrad=edges) for kv, mrad in settings
+    }
     about = {
         "what": "fraction of the beam inside edges_mrad, [element, radius, edge]; one static atom, no source",
         "command": f"python -m simulators.multislice tables --out {path.name}",
@@ -93,14 +114,16 @@ def write_tables(path: Path) -> None:
         "potential_reaches_mrad": OVERSAMPLING * float(EDGES_MRAD[-1]),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}.npz")  # whole or absent, whoever else is at it
     np.savez_compressed(
-        path,
+        partial,
         numbers=np.array(numbers),
         radii_A=RADII_A,
-        edges_mrad=EDGES_MRAD,
+        edges_mrad=edges,
         about=np.array(json.dumps(about)),
         **tables,  # type: ignore[arg-type]  # numpy's stub takes the last keyword for every array
     )
+    partial.replace(path)
 
 
 def _probes(radii_A: Array, cutoff: float, pixels: int, box_A: float) -> NDArray[np.float32]:

@@ -185,7 +185,7 @@ def test_hspy_opens_with_calibrated_axes(tmp_path):
         ({"specimen__kind": "unobtainium"}, "unobtainium"),
         ({"detectors__HAADF": {"inner_mrad": 90.0, "outer_mrad": 80.0}}, "inner_mrad must be less"),
         ({"detectors__MAADF": {"inner_mrad": 60.0, "outer_mrad": 90.0}}, "overlap"),
-        ({"contrast": {"level": "table"}, "optics__voltage_kV": 90.0}, "no table"),
+        ({"contrast": {"level": "table"}, "detectors__HAADF": {"outer_mrad": 300.0}}, "beyond the tables"),
         ({"damage": {"preset": "butter"}}, "butter"),
         ({"frames": 0}, "frames = 0"),
         ({"aperture": 3}, "aperture: unknown key"),

@@ -204,9 +204,16 @@ def test_impossible_detector_is_refused(annulus):
         Renderer(Optics(), {"HAADF": annulus})
 
 
-def test_tables_that_are_not_shipped_are_refused_when_asked_for():
-    with pytest.raises(BadInput, match="80kV_30mrad"):
-        Renderer(Optics(voltage_kV=90), contrast=Contrast(level="table"))
+def test_detectors_beyond_the_tables_are_refused_when_tables_are_asked_for():
+    with pytest.raises(BadInput, match="230 mrad is beyond"):
+        Renderer(Optics(), {"HAADF": (86.0, 230.0)}, Contrast(level="table"))
+
+
+def test_aberrations_are_named_where_they_take_the_calibration_away():
+    validity = Renderer(Optics(c1_nm=4.0)).validity(0.3, True)["HAADF"]
+    assert validity.linear_ok
+    assert not validity.calibrated
+    assert "aberration-free" in validity.note
 
 
 def test_atoms_that_are_missing_or_far_away_are_not_seen():

@@ -5,10 +5,12 @@ import pytest
 from scipy.spatial import cKDTree
 
 from aecontrol.errors import BadInput
+from simulators import calibration as calibration_module
 from simulators.calibration import calibrate
+from simulators.multislice import Block, scan_block
 from simulators.optics import Optics
 from simulators.render import Renderer
-from simulators.scattering import Calibration
+from simulators.scattering import Calibration, Contrast, objects
 from simulators.specimens.perovskites import SrTiO3
 from simulators.specimens.sheets import Mos2, SulphurVacancies
 
@@ -67,8 +69,9 @@ def test_a_calibration_serves_its_own_settings_and_elements_only():
         )
 
 
-def test_a_calibration_is_made_once_and_found_again(tmp_path):
+def test_a_calibration_is_made_once_and_found_again(tmp_path, monkeypatch):
     pytest.importorskip("abtem", reason="abTEM is not installed: pip install -e '.[multislice]'")
+    monkeypatch.setattr(calibration_module, "CONFIGURATIONS", 3)
     specimen = Mos2(size_nm=(6, 6), vacancies=SulphurVacancies(background_fraction=0.0, n_clusters=0)).build(0)
     found = calibrate(specimen, Optics(source_fwhm_nm=0.0), (86.0, 200.0), tmp_path)
     (path,) = tmp_path.iterdir()
@@ -87,3 +90,42 @@ def test_the_period_of_a_crystal_is_one():
         inner = np.all(np.abs(where - where.mean(axis=0)) < 12.0, axis=1)
         for step in specimen.period_A:
             assert cKDTree(where).query(where[inner] + step)[0].max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("optics", "within"),
+    [
+        (Optics(source_fwhm_nm=0.0), 0.002),
+        (Optics(b2_nm=150.0, b2_deg=30.0, source_fwhm_nm=0.0), 0.01),
+        (Optics(a1_nm=3.0, a1_deg=20.0, c1_nm=2.0, source_fwhm_nm=0.0), 0.04),
+        (Optics(c3_um=20.0, c1_nm=-6.0, source_fwhm_nm=0.0), 0.04),
+    ],
+    ids=["ideal", "coma", "astigmatism", "spherical"],
+)
+def test_aberrated_atoms_follow_multislice_as_far_as_the_note_says(optics, within):
+    pytest.importorskip("abtem", reason="abTEM is not installed: pip install -e '.[multislice]'")
+    where = np.array([15.03, 14.96])
+    block = Block(np.array([[*where, 0.0]]), np.array([42]), np.zeros(1), (30.0, 30.0))
+    probe = where + np.random.default_rng(0).uniform(-2.0, 2.0, (40, 2))
+    probe[0] = where
+    detectors = {"HAADF": (86.0, 200.0)}
+    reference = scan_block(block, optics, detectors, probe, 1, 0)[0, 0]
+    ours = Renderer(optics, detectors).images(where[None], np.array([42]), np.zeros(1), probe)["HAADF"]
+    assert np.abs(ours - reference).max() < within * reference.max()
+
+
+@pytest.mark.slow
+def test_tables_for_other_optics_are_made_once_and_lie_between_their_neighbours(tmp_path, monkeypatch):
+    pytest.importorskip("abtem", reason="abTEM is not installed: pip install -e '.[multislice]'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def metal(voltage_kV):
+        found = objects(Optics(voltage_kV=voltage_kV), (86.0, 200.0), Contrast(level="table"))
+        assert found.calibrated
+        return found.strength_A2(42)
+
+    assert metal(80.0) > metal(90.0) > metal(100.0)
+    (path,) = (tmp_path / "aecontrol").iterdir()
+    before = path.stat().st_mtime_ns
+    assert metal(90.0) > metal(100.0)
+    assert path.stat().st_mtime_ns == before
