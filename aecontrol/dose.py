@@ -33,39 +33,44 @@ def bound_charge(region: ScanRegion, capabilities: Capabilities) -> Charge:
         return Charge(electrons=None, pixels=region.pixels, seconds=seconds)
     rate = electrons_per_second(capabilities.beam_current_pA) * (1 + capabilities.current_tolerance)
     parked = rate * capabilities.blanker_latency_s
+    peak = None
+    if (error_nm := capabilities.position_error_nm) is not None:
+        back = rate * back_s * _way_back_share(region, error_nm)
+        peak = tile_fluence(region, math.ceil(rate * dwell_s), error_nm) + fluence_e_per_A2(back + parked, TILE_NM**2)
     return Charge(
         electrons=math.ceil(rate * (dwell_s + back_s) + parked),
         pixels=region.pixels,
-        peak_fluence_e_per_A2=tile_fluence(region, math.ceil(rate * dwell_s))
-        + fluence_e_per_A2(rate * back_s * _way_back_share(region) + parked, TILE_NM**2),
+        peak_fluence_e_per_A2=peak,
         seconds=seconds,
     )
 
 
-def _way_back_share(region: ScanRegion) -> float:
+def _way_back_share(region: ScanRegion, error_nm: float) -> float:
     """Largest share of the electrons of all ways back (straight and steady, one a line) that one tile can get: that
     many ways can cross it, each over no more than its diagonal."""
     diagonal = math.sqrt(2.0) * TILE_NM
-    crossing = min(region.shape[0], math.floor(diagonal / region.pixel_size_nm[1]) + 2)
-    way = region.fov_nm[0] - region.pixel_size_nm[0]
+    crossing = min(region.shape[0], math.floor((diagonal + 2.0 * error_nm) / region.pixel_size_nm[1]) + 2)
+    way = region.fov_nm[0] - region.pixel_size_nm[0] - 2.0 * error_nm
     each = 1.0 if way <= diagonal else diagonal / way
     return crossing * each / region.shape[0]
 
 
-def tile_fluence(region: ScanRegion, electrons: int) -> float:
+def tile_fluence(region: ScanRegion, electrons: int, error_nm: float = 0.0) -> float:
     """Upper bound of the mean fluence (e/A^2) that ``electrons`` spread evenly over the pixels of ``region`` can put
-    into any square tile of ``TILE_NM``, wherever the tile lies.
+    into any square tile of ``TILE_NM``, wherever the tile lies, with every point up to ``error_nm`` off its place.
 
-    The number of scan points in a tile is at most (floor(T/px) + 1)(floor(T/py) + 1) when the scan is along the tile's
-    sides, and at most (T + hypot(px, py))^2 / (px py) at any angle, because the cells of those points lie inside
-    the tile widened by one cell diagonal.
+    What falls into a tile was meant for the tile widened by the error on every side, T below. The number of scan points
+    in it is at most (floor(T/px) + 1)(floor(T/py) + 1) when the scan is along the tile's sides, and at most
+    (T + hypot(px, py))^2 / (px py) at any angle, because the cells of those points lie inside the tile widened by one
+    cell diagonal.
     """
     px, py = region.pixel_size_nm
+    side = TILE_NM + 2.0 * error_nm
     quarter_turns = region.rotation_rad / (math.pi / 2)
     if abs(quarter_turns - round(quarter_turns)) < 1e-9:
-        points: float = (math.floor(TILE_NM / px + 1e-9) + 1) * (math.floor(TILE_NM / py + 1e-9) + 1)
+        points: float = (math.floor(side / px + 1e-9) + 1) * (math.floor(side / py + 1e-9) + 1)
     else:
-        points = (TILE_NM + math.hypot(px, py)) ** 2 / (px * py)
+        points = (side + math.hypot(px, py)) ** 2 / (px * py)
     points = min(points, region.pixels)
     return fluence_e_per_A2(electrons * points / region.pixels, TILE_NM**2)
 
@@ -100,20 +105,31 @@ def total(charges: Iterable[Charge]) -> Totals:
 class TileMap:
     """Bound of the fluence (e/A^2) put into every 1 nm tile of the field so far. A value: ``add`` returns a new map."""
 
-    def __init__(self, field_nm: tuple[float, float], fluence: NDArray[np.float64] | None = None) -> None:
-        self.field_nm = field_nm
+    def __init__(
+        self, field_nm: tuple[float, float], fluence: NDArray[np.float64] | None = None, error_nm: float = 0.0
+    ) -> None:
+        """``error_nm``: how far the beam can be from where it was told to go."""
+        self.field_nm, self.error_nm = field_nm, error_nm
         margin = 2  # room for the dilation beyond every side of the field
         self._origin = -margin
         nx, ny = (math.ceil(side / TILE_NM) + 2 * margin for side in field_nm)
         self.fluence: NDArray[np.float64] = np.zeros((ny, nx)) if fluence is None else fluence
 
+    @classmethod
+    def of(cls, capabilities: Capabilities) -> TileMap:
+        """An empty map of an instrument's field."""
+        return cls(capabilities.field_nm, error_nm=capabilities.position_error_nm or 0.0)
+
     def touched(self, region: ScanRegion) -> NDArray[np.bool_]:
-        """Mask of the tiles that meet ``region`` dilated by 1 nm (a superset: exact at any rotation)."""
+        """Mask of the tiles that meet ``region`` dilated by 1 nm and the position error (a superset: exact at any
+        rotation)."""
         ny, nx = self.fluence.shape
         x = (np.arange(nx) + self._origin + 0.5) * TILE_NM - region.center_nm[0]
         y = (np.arange(ny) + self._origin + 0.5)[:, None] * TILE_NM - region.center_nm[1]
         c, s = math.cos(region.rotation_rad), math.sin(region.rotation_rad)
-        reach = _DILATION_NM + TILE_NM / 2 * (abs(c) + abs(s))  # half a tile, seen along the region's own axes
+        reach = (
+            _DILATION_NM + self.error_nm + TILE_NM / 2 * (abs(c) + abs(s))
+        )  # half a tile, seen along the region's own axes
         u, v = c * x + s * y, -s * x + c * y
         inside: NDArray[np.bool_] = (np.abs(u) <= region.fov_nm[0] / 2 + reach) & (
             np.abs(v) <= region.fov_nm[1] / 2 + reach
@@ -126,7 +142,7 @@ class TileMap:
 
     def add(self, region: ScanRegion, added_e_per_A2: float) -> TileMap:
         """The map with ``added_e_per_A2`` in every tile that ``region`` touches."""
-        return TileMap(self.field_nm, self.fluence + added_e_per_A2 * self.touched(region))
+        return TileMap(self.field_nm, self.fluence + added_e_per_A2 * self.touched(region), self.error_nm)
 
 
 def outside_field(region: ScanRegion, field_nm: tuple[float, float]) -> str | None:

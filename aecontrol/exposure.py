@@ -147,7 +147,7 @@ class Ledger:
     @classmethod
     def empty(cls, capabilities: Capabilities) -> Ledger:
         """A ledger with no record."""
-        return cls(capabilities, {}, (), Totals(), TileMap(capabilities.field_nm))
+        return cls(capabilities, {}, (), Totals(), TileMap.of(capabilities))
 
 
 class InterlockLimits(Model):

@@ -82,10 +82,11 @@ def _write_hspy(path: Path, images: ImageSet) -> None:
     """One signal [channel, frame, y, x] with calibrated axes; truth and settings in its original metadata."""
     data = np.stack([np.asarray(image) for image in images.channels.values()])
     rows, cols = data.shape[-2:]
-    x_nm, y_nm = images.pixel_size_nm
+    known = all(np.isfinite(images.pixel_size_nm))  # the frames of a training set have pixels of their own
+    (x, y), units = (images.pixel_size_nm, "nm") if known else ((1.0, 1.0), "px")
     axes = [
-        {"size": rows, "name": "y", "units": "nm", "scale": y_nm, "offset": y_nm / 2, "navigate": False},
-        {"size": cols, "name": "x", "units": "nm", "scale": x_nm, "offset": x_nm / 2, "navigate": False},
+        {"size": rows, "name": "y", "units": units, "scale": y, "offset": y / 2, "navigate": False},
+        {"size": cols, "name": "x", "units": units, "scale": x, "offset": x / 2, "navigate": False},
     ]
     if data.ndim == 4:
         axes.insert(0, {"size": data.shape[1], "name": images.stack, "units": "", "scale": 1.0, "offset": 0.0})

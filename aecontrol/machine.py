@@ -284,7 +284,7 @@ def refusal(state: State, region: ScanRegion, bound: Charge, before_s: float = 0
 
 def preflight(plan: Plan, capabilities: Capabilities) -> None:
     """Raise BadInput for a plan that this instrument cannot carry out within its budget, before any dose."""
-    state = State(session="", seed=0, plan=plan, capabilities=capabilities, tiles=TileMap(capabilities.field_nm))
+    state = State(session="", seed=0, plan=plan, capabilities=capabilities, tiles=TileMap.of(capabilities))
     regions = [("sub-scan", region) for region in candidate_grid(plan.scan, capabilities.field_nm)[:1]]
     if plan.overview is not None:
         regions.insert(0, ("overview", overview_region(plan.overview, capabilities.field_nm)))
@@ -420,7 +420,7 @@ def apply(state: State, event: SessionEvent) -> State:
                 capabilities=event.capabilities,
                 perceiver=event.perceiver,
                 candidates=candidate_grid(state.plan.scan, event.capabilities.field_nm),
-                tiles=TileMap(event.capabilities.field_nm),
+                tiles=TileMap.of(event.capabilities),
             )
         case Resumed():
             phase = state.resting if state.phase == "paused" else state.phase
@@ -502,7 +502,7 @@ def _apply_exposure(state: State, event: Reserved | Posted | Voided | Indetermin
     state = _with_record(replace(state, unsettled=False), record)
     if isinstance(event, Voided):
         index = candidate_index(state, record.region)
-        tiles = TileMap(state.tile_map.field_nm)
+        tiles = TileMap(state.tile_map.field_nm, error_nm=state.tile_map.error_nm)
         for live in state.keys.values():
             if live.state != "VOID":
                 tiles = tiles.add(live.region, live.bound.peak_fluence_e_per_A2 or 0.0)

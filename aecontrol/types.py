@@ -100,6 +100,9 @@ class Capabilities(Model):
     flyback_s: NonNegative = Field(0.0, description="time between two lines, s")
     beam_on_in_flyback: bool = Field(False, description="True when the beam is not blanked between lines")
     blanker_latency_s: NonNegative = Field(0.0, description="longest time the blanker takes to act, s")
+    position_error_nm: NonNegative | None = Field(
+        0.0, description="farthest that the beam can be from where it was told to go, nm; null: no bound (drift)"
+    )
     dwell_time_range_s: tuple[Positive, Positive] = Field((1e-8, 1.0), description="shortest and longest dwell, s")
     max_pixels: PositiveInt = Field(4096 * 4096, description="largest frame")
     pixel_size_nm: Positive | None = Field(None, description="a record's own pixel; null when any size can be scanned")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ class SimulatedDriver(ColumnSetup):
         assumed = assumptions(self.damage)
         limits = [f"{name} images: {found.note}" for name, found in column.validity().items() if found.note]
         capabilities = Capabilities(
-            identity=f"simulated {self.specimen['kind']}, seed {seed}",
+            identity=f"simulated {self.specimen['kind']}, seed {seed}, settings {self._digest()}",
             simulated=True,
             unit="electrons",
             field_nm=column.field_nm,
@@ -36,6 +37,16 @@ class SimulatedDriver(ColumnSetup):
             flyback_s=self.scan.flyback_s,
             beam_on_in_flyback=not self.scan.flyback_blanked,
             blanker_latency_s=self.scan.blanker_latency_s,
+            position_error_nm=self._position_error_nm(column.field_nm),
             notes=(*limits, *(f"damage model ([L] quoted, [A] assumed): {line}" for line in assumed)),
         )
         return Instrument(column, capabilities, self.limits, folder)
+
+    def _digest(self) -> str:
+        """Short hash of every setting: a ledger belongs to one column only."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+
+    def _position_error_nm(self, field_nm: tuple[float, float]) -> float | None:
+        """How far off electrons can land: the scan's error, and the blur of aberrations beyond a focused probe's."""
+        error = self.scan.position_error_nm(field_nm)
+        return None if error is None else error + self.optics.blur_nm

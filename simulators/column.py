@@ -22,7 +22,7 @@ from .cells import CellIndex
 from .damage import Damage, DamagedSpecimen, Event
 from .detector import Detector, check_detectors
 from .optics import Optics
-from .render import MARGIN_A, Images, Renderer, Validity
+from .render import Images, Renderer, Validity
 from .scan import BeamPath, ScanModel, nominal_positions_nm
 from .scattering import Contrast
 from .specimens import TARGET_KINDS, Specimen
@@ -235,22 +235,23 @@ class SimulatedColumn:
         path = self._scan.beam_path(region, points_nm, self.clock_s, electrons / self._scan.beam_on_s(region))
         rows = region.shape[0]
         block = _block_lines(rows)
+        by_line = path.electrons_by_line(electrons)
         done = 0
         try:
             while done < rows:
                 last = min(done + block, rows)
-                so_far = electrons * last // rows
-                self._meter += so_far - electrons * done // rows
+                self._meter += by_line[last] - by_line[done]
                 done = last
                 if watched and self.on_line_block is not None:
-                    self.on_line_block(ordinal, so_far)
+                    self.on_line_block(ordinal, by_line[done])
         finally:
             delivered = path.lines(done)
             self._count_tiles(delivered)
             points_A = nm_to_angstrom(1.0) * delivered.points_nm
             events = self._body.expose(points_A, delivered.electrons, delivered.times_s)
             self._events += events
-            seconds = self._scan.frame_s(region) * done / rows
+            whole = self._scan.frame_s(region)
+            seconds = whole if done == rows else float(np.append(self._scan.line_starts_s(region), whole)[done])
             self.clock_s += seconds
             self._charge = float(self._scan.charging.after(self._charge, seconds, beam_on=True))
         return electrons, points_nm, events
@@ -326,7 +327,7 @@ class SimulatedColumn:
         """Images of the ``atoms`` (indices; None: all within reach) that are ``alive``, at ``positions_A`` of all."""
         probe_A = nm_to_angstrom(1.0) * points_nm
         if atoms is None:
-            reach = MARGIN_A + DISPLACED_A
+            reach = self._renderer.margin_A + DISPLACED_A
             flat = probe_A.reshape(-1, 2)
             low, high = ([pick(flat[:, axis]) for axis in (0, 1)] for pick in (np.min, np.max))
             atoms = self._index.box(np.asarray(low) - reach, np.asarray(high) + reach)

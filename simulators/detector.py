@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated
@@ -56,9 +57,14 @@ class Detector(Model):
 
 def check_detectors(detectors: Mapping[str, Detector]) -> None:
     """Several detectors share one exposure, each electron going to one of them. Raises ValueError when there is none,
-    or when two overlap."""
+    when one is called what a file calls something else, or when two overlap."""
     if not detectors:
         raise ValueError("there is no detector; name at least one, e.g. [driver.detectors.HAADF]")
+    for name in detectors:
+        if not re.fullmatch(r"[A-Z][A-Za-z0-9-]{0,15}", name):
+            raise ValueError(
+                f"detector {name!r}: a name is a capital and up to 15 letters, digits or '-', e.g. 'MAADF'"
+            )
     by_angle = sorted(detectors.items(), key=lambda item: item[1].inner_mrad)
     for (first, a), (second, b) in pairwise(by_angle):
         if b.inner_mrad < a.outer_mrad:

@@ -286,7 +286,8 @@ class MultisliceRenderer:
         """
         require_abtem()
         probe_A = nm_to_angstrom(1.0) * np.asarray(probe_nm, dtype=np.float64).reshape(-1, 2)
-        block, corner = cut_out(specimen, probe_A, self.optics.semi_angle_mrad)
+        blur_A = nm_to_angstrom(self.optics.blur_nm)
+        block, corner = cut_out(specimen, probe_A, self.optics.semi_angle_mrad, blur_A)
         probe_A = probe_A - corner
         stored = self.folder and self.folder / f"{self._key(block, probe_A)}.npz"
         if stored and stored.exists():
@@ -321,14 +322,15 @@ def content_key(settings: object, block: Block, probe_A: Array | None = None) ->
     return digest.hexdigest()
 
 
-def cut_out(specimen: Specimen, probe_A: Array, semi_angle_mrad: float) -> tuple[Block, Array]:
-    """The atoms that matter at ``probe_A`` in a box of their own, and the box's corner [2].
+def cut_out(specimen: Specimen, probe_A: Array, semi_angle_mrad: float, blur_A: float = 0.0) -> tuple[Block, Array]:
+    """The atoms that matter at ``probe_A`` in a box of their own, and the box's corner [2]. ``blur_A``: how far
+    aberrations spread the probe.
 
     Raises BadInput when there is no position or no atom.
     """
     if not probe_A.size or not np.isfinite(probe_A).all():
         raise BadInput(f"{len(probe_A)} probe positions, or some that are not finite", "give at least one position, nm")
-    margin = MARGIN_A + nm_to_angstrom(specimen.thickness_nm) * math.tan(semi_angle_mrad * 1e-3)
+    margin = MARGIN_A + blur_A + nm_to_angstrom(specimen.thickness_nm) * math.tan(semi_angle_mrad * 1e-3)
     low, high = probe_A.min(axis=0) - margin, probe_A.max(axis=0) + margin
     short = np.maximum(0.0, LEAST_BOX_A - GAP_A - (high - low))
     low, high = low - short / 2.0, high + short / 2.0

@@ -25,6 +25,8 @@ HC_EV_A = 12398.419843320026
 FWHM_PER_SIGMA = 2.0 * math.sqrt(2.0 * math.log(2.0))
 PROBE_EXTENT_A = 40.0
 """Side of the box on which a probe is tabulated: tails beyond 20 angstrom (about 0.5 %) fold back into it."""
+MAX_BLUR_NM = 1.0
+"""Probes that aberrations spread further are refused: images and fluence are computed in boxes that hold this much."""
 WAVE_FOLDS = 4
 """The wave is computed on a box this many times larger. Softening the aperture's edge over one frequency step makes the
 peak of the probe 1 % too high and its tails a third too weak on the smaller box; 0.3 % and a tenth on this one."""
@@ -90,6 +92,15 @@ class Optics(Model):
         return nm_to_angstrom(self.source_fwhm_nm) / FWHM_PER_SIGMA
 
     @property
+    def blur_nm(self) -> float:
+        """How far aberrations spread the probe, nm: |grad chi| lambda / 2 pi of the ray that they displace most."""
+        alpha = self.semi_angle_mrad * 1e-3
+        first = abs(self.c1_nm) + self.a1_nm + 3.0 * self.defocus_spread_nm
+        second = self.a2_nm + self.b2_nm
+        third, fifth = abs(self.c3_um) * 1e3, abs(self.c5_mm) * 1e6
+        return alpha * first + alpha**2 * second + alpha**3 * third + alpha**5 * fifth
+
+    @property
     def ideal(self) -> bool:
         """True without any aberration."""
         return self.round and self.c1_nm == self.c3_um == self.c5_mm == self.defocus_spread_nm == 0.0
@@ -140,7 +151,11 @@ def transfer(
 
 @lru_cache(maxsize=8)
 def _coherent_transfer(optics: Optics, folds: int) -> tuple[NDArray[np.complex128], float]:
-    _refuse_wide_probe(optics, folds)
+    if optics.blur_nm > MAX_BLUR_NM:
+        raise BadInput(
+            f"these aberrations spread the probe over up to {optics.blur_nm:.2f} nm, more than {MAX_BLUR_NM} nm",
+            "lower the aberrations or semi_angle_mrad",
+        )
     # The smallest grid on which |psi|^2 does not alias: sampling just below lambda / (4 alpha).
     n = 2 * folds * (math.ceil(PROBE_EXTENT_A * optics.band_limit_per_A) + 2)
     step = 1.0 / (folds * PROBE_EXTENT_A)
@@ -158,20 +173,6 @@ def _defocus_nodes(optics: Optics) -> list[tuple[float, float]]:
     nodes, weights = np.polynomial.hermite_e.hermegauss(7)
     spread = nm_to_angstrom(optics.defocus_spread_nm)
     return [(float(spread * x), float(w)) for x, w in zip(nodes, weights / weights.sum(), strict=True)]
-
-
-def _refuse_wide_probe(optics: Optics, folds: int) -> None:
-    """The ray that aberrations displace most (|grad chi| lambda / 2 pi, at the rim) must stay inside the wave's box."""
-    alpha = optics.semi_angle_mrad * 1e-3
-    first = nm_to_angstrom(abs(optics.c1_nm) + optics.a1_nm + 3.0 * optics.defocus_spread_nm)
-    second = nm_to_angstrom(optics.a2_nm + optics.b2_nm)
-    blur = alpha * first + alpha**2 * second + alpha**3 * abs(optics.c3_um) * 1e4 + alpha**5 * abs(optics.c5_mm) * 1e7
-    limit = 0.5 * folds * PROBE_EXTENT_A
-    if blur > limit:
-        raise BadInput(
-            f"these aberrations spread the probe over up to {blur / 10:.1f} nm, more than {limit / 10:.1f} nm",
-            "lower the aberrations or semi_angle_mrad",
-        )
 
 
 def _aperture_wave(optics: Optics, n: int, step: float, extra_c1_A: float) -> NDArray[np.complex128]:

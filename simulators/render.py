@@ -43,7 +43,8 @@ Array = NDArray[np.float64]
 Images = dict[str, NDArray[np.float32]]
 HAADF: Mapping[str, Annulus] = {"HAADF": (86.0, 200.0)}
 MARGIN_A = 10.0
-"""Atoms within this distance of the scanned box are rendered, angstrom; about 1 % of a probe lies further out."""
+"""Atoms within this distance of the scanned box are rendered, angstrom, and further by the blur of aberrations; about
+1 % of a probe lies further out."""
 GRID_PER_PERIOD = 3.3
 """Grid points per shortest period of the image."""
 BELL_BETA = 9.0
@@ -99,6 +100,7 @@ class Renderer:
             name: objects(optics, annulus, contrast, self.calibrations.get(name))
             for name, annulus in self.detectors.items()
         }
+        self.margin_A = MARGIN_A + nm_to_angstrom(optics.blur_nm)
         self.band_per_A = _band_limit(optics)
         self.grid_A = 1.0 / (GRID_PER_PERIOD * self.band_per_A)
         self._probe_table = lru_cache(maxsize=8)(self._make_probe_table)
@@ -171,6 +173,8 @@ class Renderer:
         turn = np.array([[c, -s], [s, c]])  # row vectors: (x, y) @ turn are coordinates along the scan's axes
         probe = probe @ turn if rotation_rad else probe
         atoms = np.asarray(positions_A, dtype=np.float64)
+        if not math.isfinite(float(atoms.sum())):
+            raise BadInput("an atom's position is not finite")
         atoms = atoms @ turn if rotation_rad else atoms
         # A round probe looks the same in every frame, so that one kernel serves all rotations.
         kernel_turn = 0.0 if self.optics.round else rotation_rad
@@ -189,11 +193,11 @@ class Renderer:
         low, high = (np.array([pick(probe[:, 0]), pick(probe[:, 1])]) for pick in (np.min, np.max))
         near = np.ones(len(atoms), dtype=np.bool_)
         for axis in (0, 1):
-            near &= (atoms[:, axis] > low[axis] - MARGIN_A) & (atoms[:, axis] < high[axis] + MARGIN_A)
+            near &= (atoms[:, axis] > low[axis] - self.margin_A) & (atoms[:, axis] < high[axis] + self.margin_A)
         if not near.any():
             return {name: np.zeros(len(probe), dtype=np.float32) for name in self.detectors}
-        origin = low - MARGIN_A
-        extent = np.ceil((high - low) / (4.0 * self.grid_A)) * 4 + math.ceil(2.0 * MARGIN_A / self.grid_A) + 4
+        origin = low - self.margin_A
+        extent = np.ceil((high - low) / (4.0 * self.grid_A)) * 4 + math.ceil(2.0 * self.margin_A / self.grid_A) + 4
         rows, cols = (smooth_size(int(side)) for side in extent[::-1])
         if rows * cols > MAX_GRID_POINTS and len(probe) > 1:
             parts = [self._upright(atoms, numbers, rms_u_A, half, rotation_rad) for half in np.array_split(probe, 2)]

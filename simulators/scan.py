@@ -17,8 +17,10 @@ from .streams import stream
 Array = NDArray[np.float64]
 DRIFT_MODES = 64
 """Harmonics that make up the wandering part of the drift velocity."""
-RETURN_POINTS = 32
-"""Points that stand for the straight way back from a line."""
+RETURN_POINTS, RETURN_STEP_NM = 32, 0.1
+"""Points that stand for the straight way back from a line: this many, or one each step where that is more."""
+JITTER_LIMIT = 6.0
+"""Standard deviations beyond which a line's displacement is cut off: the beam's place has a bound."""
 
 
 class Charging(Model):
@@ -58,6 +60,15 @@ class ScanModel(Model):
     drift_wander_nm_per_s: NonNegative = Field(0.0, description="standard deviation of the drift's wandering part")
     drift_wander_s: Positive = Field(60.0, description="correlation time of the wandering part, s")
     charging: Charging = Charging()
+
+    def position_error_nm(self, field_nm: tuple[float, float]) -> float | None:
+        """Farthest that the beam can be from where it was told to go anywhere in a field, nm (jitter: 6 standard
+        deviations); None when it drifts, for that grows without bound."""
+        if any(self.drift_nm_per_s) or self.drift_wander_nm_per_s:
+            return None
+        turned = 0.5 * math.hypot(*field_nm) * (abs(math.radians(self.rotation_error_deg)) + abs(self.shear))
+        jitter = JITTER_LIMIT * self.line_jitter_nm
+        return turned + jitter + abs(self.swing_nm) + math.hypot(*self.charging.offset_nm)
 
     def frame_s(self, region: ScanRegion) -> float:
         """Time from the first pixel until the beam is blanked, flybacks between lines included, s."""
@@ -126,12 +137,14 @@ class ScanModel(Model):
         jitter[0] = normal[0]
         for row in range(1, rows):
             jitter[row] += rho * jitter[row - 1]
-        return self.line_jitter_nm * jitter
+        length = np.linalg.norm(jitter, axis=1, keepdims=True)
+        return np.asarray(self.line_jitter_nm * jitter * np.minimum(1.0, JITTER_LIMIT / np.maximum(length, 1e-12)))
 
     def points_per_line(self, region: ScanRegion) -> int:
         """Points of the beam's path per line: its pixels, and its way back where that is not blanked."""
-        back = 0 if self.flyback_blanked or self.flyback_s == 0.0 else RETURN_POINTS
-        return region.shape[1] + back
+        if self.flyback_blanked or self.flyback_s == 0.0:
+            return region.shape[1]
+        return region.shape[1] + max(RETURN_POINTS, math.ceil(math.hypot(*region.fov_nm) / RETURN_STEP_NM))
 
     def beam_path(self, region: ScanRegion, positions_nm: Array, started_s: float, electrons_per_s: float) -> BeamPath:
         """Everywhere the beam goes on ``positions_nm`` [rows, cols, 2]: pixels, the way back where it is not blanked,
@@ -166,6 +179,12 @@ class BeamPath:
     electrons: Array
     times_s: Array
     per_line: int
+
+    def electrons_by_line(self, whole: int) -> list[int]:
+        """Whole electrons delivered before each line [lines + 1]; the last entry is ``whole``."""
+        lines = self.electrons.reshape(-1, self.per_line).sum(axis=1)
+        so_far = np.rint(np.concatenate([[0.0], np.cumsum(lines)])).astype(np.int64)
+        return [*so_far[:-1].tolist(), whole]
 
     def lines(self, count: int) -> BeamPath:
         """The path until the end of line ``count`` - 1, its way back included."""

@@ -159,9 +159,10 @@ def _from_table(voltage_kV: float, semi_angle_mrad: float, annulus: Annulus) -> 
     tables = _tables() if _table_key(sharp) in table_settings() else _made_tables(sharp)
     within = tables[_table_key(sharp)].astype(np.float64)  # [element, radius, edge]: share of the beam inside an angle
     edges = tables["edges_mrad"].astype(np.float64)
-    inner, outer = (_inside(within, edges, angle) for angle in annulus)
-    vacuum = _empty(sharp, annulus)
-    images = outer - inner - vacuum
+    # What an atom changes is smooth in the angle, the bright disc is not: it is taken out before interpolation.
+    changed = within - np.minimum(1.0, (edges / semi_angle_mrad) ** 2)
+    inner, outer = (_inside(changed, edges, angle) for angle in annulus)
+    images = outer - inner
     radii = tables["radii_A"].astype(np.float64)
     design = np.stack([radial_probe(sharp, width**2, radii) for width in WIDTHS_A], axis=1)
     weight = np.sqrt(radii + 0.05)  # rings, not radii, are what an image is made of
@@ -170,16 +171,14 @@ def _from_table(voltage_kV: float, semi_angle_mrad: float, annulus: Annulus) -> 
     system = np.concatenate([design * weight[:, None], ridge])
     right = np.concatenate([(images * weight).T, np.zeros((len(WIDTHS_A), len(images)))])
     amplitudes[tables["numbers"].astype(int)] = np.linalg.lstsq(system, right, rcond=None)[0].T
-    return Objects(amplitudes, np.array(WIDTHS_A), vacuum, True, "table")
+    return Objects(amplitudes, np.array(WIDTHS_A), _empty(sharp, annulus), True, "table")
 
 
-def _inside(within: Array, edges: Array, angle_mrad: float) -> Array:
-    """Share of the beam inside ``angle_mrad``, interpolated between the table's edges (its growth is smooth)."""
+def _inside(changed: Array, edges: Array, angle_mrad: float) -> Array:
+    """What an atom changes of the share of the beam inside ``angle_mrad``, interpolated between the table's edges."""
     from scipy.interpolate import PchipInterpolator
 
-    if angle_mrad <= 0.0:
-        return np.zeros(within.shape[:-1])
-    return np.asarray(PchipInterpolator(edges, within, axis=-1)(angle_mrad))
+    return np.asarray(PchipInterpolator(edges, changed, axis=-1)(angle_mrad))
 
 
 def radial_probe(optics: Optics, extra_variance_A2: float, radii_A: Array) -> Array:
@@ -194,24 +193,24 @@ def radial_probe(optics: Optics, extra_variance_A2: float, radii_A: Array) -> Ar
 
 def _power(optics: Optics, annulus: Annulus, exponent: float | None) -> Objects:
     """s Z^n, s the geometric mean over all elements of the tables: at these optics where tables are shipped for them,
-    else of 80 kV, 30 mrad, 86-200 mrad scaled as unscreened Rutherford scattering, gamma^2 lambda^4 (1/inner^2 -
-    1/outer^2). A detector that holds the bright disc loses what an atom scatters beyond its outer angle.
+    else of 80 kV, 30 mrad, 86-200 mrad scaled as unscreened Rutherford scattering. What a detector has of the bright
+    disc, it loses a part of, as all that is scattered leaves the disc.
     """
     n = DEFAULT_EXPONENT if exponent is None else exponent
-    bright = annulus[0] < optics.semi_angle_mrad
-    known = _table_key(optics) in _tables() and annulus[1] <= _reach_mrad()
-    base = _REFERENCE if not known else (optics.voltage_kV, optics.semi_angle_mrad, annulus)
-    found = _from_table(*base)
     numbers = _tables()["numbers"].astype(int)
-    strengths = np.abs(found.amplitudes_A2[numbers].sum(axis=1))
-    scale = math.exp(float(np.mean(np.log(strengths) - n * np.log(numbers))))
-    note = "Z^n: elements deviate from it by tens of per cent"
-    if not known:
-        beyond = (max(annulus[1], optics.semi_angle_mrad), math.inf) if bright else annulus
-        scale *= _rutherford(optics.voltage_kV, *beyond) / _rutherford(_REFERENCE[0], *_REFERENCE[2])
+    if _table_key(optics) in table_settings() and annulus[1] <= _reach_mrad():
+        strengths = _from_table(optics.voltage_kV, optics.semi_angle_mrad, annulus).amplitudes_A2[numbers].sum(axis=1)
+        scale, note = 1.0, "Z^n: elements deviate from it by tens of per cent"
+    else:
+        strengths = _from_table(*_REFERENCE).amplitudes_A2[numbers].sum(axis=1)
+        alpha = optics.semi_angle_mrad
+        gained = _rutherford(optics.voltage_kV, max(annulus[0], alpha), annulus[1])
+        lost = _empty(optics, annulus) * _rutherford(optics.voltage_kV, alpha, math.inf)
+        scale = (gained - lost) / _rutherford(_REFERENCE[0], *_REFERENCE[2])
         note = "absolute scale not calibrated for these optics: qualitative"
-    sign = -1.0 if bright else 1.0
-    amplitudes = sign * scale * np.arange(max(SYMBOLS) + 1, dtype=np.float64)[:, None] ** n
+    sign = math.copysign(1.0, float(strengths.sum()))
+    scale *= sign * math.exp(float(np.mean(np.log(np.abs(strengths)) - n * np.log(numbers))))
+    amplitudes = scale * np.arange(max(SYMBOLS) + 1, dtype=np.float64)[:, None] ** n
     return Objects(amplitudes, np.array([POTENTIAL_WIDTH_A]), _empty(optics, annulus), False, "power", note)
 
 
@@ -236,5 +235,8 @@ def _calibrated(optics: Optics, annulus: Annulus, calibration: Calibration) -> O
 
 
 def _rutherford(voltage_kV: float, inner_mrad: float, outer_mrad: float) -> float:
+    """Unscreened Rutherford scattering into a ring, gamma^2 lambda^4 (1/inner^2 - 1/outer^2), in arbitrary units."""
+    if outer_mrad <= inner_mrad:
+        return 0.0
     solid = inner_mrad**-2 - outer_mrad**-2
     return lorentz_factor(voltage_kV) ** 2 * wavelength_A(voltage_kV) ** 4 * solid

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from pydantic import Field, field_validator
 
 from aecontrol.registry import build_part
-from aecontrol.types import Model, Positive
+from aecontrol.types import Model
 
 from .column import SimulatedColumn
 from .column import SpecimenConfig as SpecimenConfig  # part of this module's interface
@@ -29,7 +29,9 @@ class ColumnSetup(Model):
     )
     contrast: Contrast = Contrast()
     damage: Damage = Damage()
-    beam_current_pA: Positive = Field(30.0, description="declared probe current, pA; the true one fluctuates by 1 %")
+    beam_current_pA: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        30.0, description="declared probe current, pA; the true one fluctuates by 1 %"
+    )
 
     @field_validator("specimen")
     @classmethod

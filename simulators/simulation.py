@@ -28,6 +28,8 @@ Arrays = dict[str, NDArray[np.generic]]
 ATOMS_MARGIN_NM = 0.3
 """Atoms this far outside the frame are listed too: they shine into it."""
 Range = tuple[Positive, Positive]
+Side = Annotated[int, Field(gt=0, le=16384)]
+"""Pixels along one side of a frame."""
 
 
 class View(Model):
@@ -35,7 +37,7 @@ class View(Model):
 
     center_nm: tuple[float, float] | None = Field(None, description="centre (x, y), nm; null: the middle of the field")
     fov_nm: tuple[Positive, Positive] | None = Field(None, description="width and height, nm; null: the whole field")
-    shape: tuple[PositiveInt, PositiveInt] = Field((512, 512), description="(rows, columns)")
+    shape: tuple[Side, Side] = Field((512, 512), description="(rows, columns)")
     rotation_deg: float = Field(0.0, description="turn of the fast axis from +x towards +y, degrees")
     dwell_time_s: Positive = Field(1e-5, description="dwell time per pixel, s")
 
@@ -81,8 +83,9 @@ class ScanSimulation(ColumnSetup):
         for frame in range(self.frames):
             alive.append(column.snapshot().alive)
             before = column.meter
+            if frame:
+                column.idle(self.interval_s)
             images, noisy = self._frame(column, frame, region)
-            column.idle(self.interval_s)
             ideal.append(images)
             seen.append(noisy)
             electrons.append((column.meter - before) * region.dwell_time_s / self.scan.beam_on_s(region))
@@ -135,7 +138,7 @@ class TrainingSet(Model):
     """kind = "training": many small frames at random places, turns, doses and samplings, in shards with labels.
 
     Every frame is of a specimen, optics and detectors of its own choice among ``columns``; each is rendered before the
-    beam has done anything to it.
+    beam has done anything to it. Specimens are drawn anew for each shard, so ``frames_per_shard`` decides what is seen.
     """
 
     kind: Literal["training"] = "training"
@@ -143,7 +146,7 @@ class TrainingSet(Model):
     columns: Annotated[tuple[ColumnSetup, ...], Field(min_length=1)] = Field(description="drawn with equal chance")
     frames: PositiveInt = Field(64, description="frames in all")
     frames_per_shard: PositiveInt = Field(64, description="frames in one file")
-    size_px: PositiveInt = Field(128, description="rows and columns of a frame")
+    size_px: Side = Field(128, description="rows and columns of a frame")
     pixel_nm: Range = Field((0.01, 0.03), description="range of pixel sizes, nm (drawn log-uniformly)")
     dwell_time_s: Range = Field((1e-6, 1e-4), description="range of dwell times, s (drawn log-uniformly)")
     specimens: PositiveInt = Field(4, description="different specimens (seeds) per column and shard")
@@ -154,11 +157,30 @@ class TrainingSet(Model):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name}: the smaller number comes first, got {low}, {high}")
+        if not self._channels():
+            raise ValueError("columns: no detector is common to all; name their detectors alike")
         return self
+
+    def _channels(self) -> list[str]:
+        """Detectors that every column has."""
+        return sorted(set.intersection(*(set(column.detectors) for column in self.columns)))
+
+    def _check_room(self) -> None:
+        """Raises BadInput when the largest frame does not fit, turned, into the field of every specimen."""
+        side = math.sqrt(2.0) * self.size_px * self.pixel_nm[1]
+        for index, setup in enumerate(self.columns):
+            field_nm = _column(setup, self.seed, "cpu").field_nm
+            if side > min(field_nm):
+                raise BadInput(
+                    f"columns.{index}: a turned frame of {self.size_px} pixels of {self.pixel_nm[1]} nm needs "
+                    f"{side:.2f} nm, the specimen's field is {field_nm[0]:g} x {field_nm[1]:g} nm",
+                    "make size_px or pixel_nm smaller, or the specimen's size_nm larger",
+                )
 
     def produce(self, device: str, workers: int, progress: Progress) -> Iterator[ImageSet]:
         """The shards in order. With several workers they are made by dask in processes of their own; the frames are the
         same."""
+        self._check_room()
         shards = math.ceil(self.frames / self.frames_per_shard)
         if workers <= 1:
             for index in range(shards):
@@ -182,9 +204,6 @@ class TrainingSet(Model):
         """Shard ``index``: channels [frames, size, size] and, atom by atom, the frame, position (px) and element."""
         first = index * self.frames_per_shard
         made = [self._frame(k, index, device) for k in range(first, min(first + self.frames_per_shard, self.frames))]
-        names = sorted(set.intersection(*(set(channels) for channels, _, _ in made)))
-        if not names:
-            raise BadInput("columns: no detector is common to all", "name their detectors alike")
         counts = [len(atoms["atomic_numbers"]) for _, atoms, _ in made]
         arrays: Arrays = {"atoms_frame": np.repeat(np.arange(len(made)), counts)}
         for key in made[0][1]:
@@ -192,7 +211,7 @@ class TrainingSet(Model):
         for key in made[0][2]:
             arrays[f"frame_{key}"] = np.array([facts[key] for _, _, facts in made])
         return ImageSet(
-            channels={name: np.stack([channels[name] for channels, _, _ in made]) for name in names},
+            channels={name: np.stack([channels[name] for channels, _, _ in made]) for name in self._channels()},
             pixel_size_nm=(math.nan, math.nan),  # each frame has its own: frame_pixel_nm
             arrays=arrays,
             metadata={"title": f"training shard {index}", "shard": index, "settings": self.model_dump(mode="json")},
@@ -206,11 +225,6 @@ class TrainingSet(Model):
         pixel, dwell = (_log_uniform(random, *bounds) for bounds in (self.pixel_nm, self.dwell_time_s))
         side = self.size_px * pixel
         room = np.asarray(column.field_nm) - math.sqrt(2.0) * side
-        if room.min() < 0.0:
-            raise BadInput(
-                f"a frame of {side:.2f} nm does not fit, turned, into the specimen's field of {column.field_nm} nm",
-                "make size_px or pixel_nm smaller, or the specimen's size_nm larger",
-            )
         center = 0.5 * (np.asarray(column.field_nm) - room) + random.random(2) * room
         region = ScanRegion(
             center_nm=(float(center[0]), float(center[1])),
@@ -264,7 +278,7 @@ def atoms_in(specimen: Specimen, region: ScanRegion, alive_by_frame: list[NDArra
         "atoms_index": near,
     }
     found |= {f"atoms_{name}": values[near] for name, values in specimen.arrays.items()}
-    if alive_by_frame is not None and len(alive_by_frame) > 1:
+    if alive_by_frame is not None:
         found["atoms_alive_before_frame"] = np.stack([alive[near] for alive in alive_by_frame])
     return found
 

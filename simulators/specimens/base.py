@@ -98,7 +98,12 @@ class Specimen:
         full = np.bincount(inverse)
         first = order[start]
         chosen = left < full if kind == "vacancy" else left > 0
-        where = angstrom_to_nm(1.0) * self.positions_A[first, :2]
+        # a column is where its living atoms are on average, or its sites where none is left
+        weight = np.where(self.alive[order] | (left == 0)[inverse], 1.0, 0.0)
+        total = np.bincount(inverse, weights=weight)
+        flat = self.positions_A[order, :2]
+        where = np.stack([np.bincount(inverse, weights=weight * flat[:, axis]) / total for axis in (0, 1)], axis=1)
+        where *= angstrom_to_nm(1.0)
         chosen &= np.all((where >= 0.0) & (where < np.asarray(self.size_nm)), axis=1)
         index = np.flatnonzero(chosen)
         sheet = self.thickness_nm <= SINGLE_LAYER_NM

@@ -110,7 +110,7 @@ def test_a_pulse_that_breaks_off_has_delivered_its_first_lines_and_no_more():
     assert np.any(whole.fluence_at_atoms() - simulated.fluence_at_atoms() > 100.0)
     assert np.all(simulated.fluence_at_atoms() <= whole.fluence_at_atoms() * (1 + 1e-9) + 1e-6)
     simulated.on_line_block = None
-    assert simulated.fire(1, region()).started_s == pytest.approx(whole.clock_s * 10 / 24)
+    assert simulated.fire(1, region()).started_s == pytest.approx(10 * (36 * 2e-5 + 200e-6))
 
 
 def test_damage_shows_in_later_lines_only():
@@ -191,6 +191,23 @@ def test_the_way_back_and_the_parked_beam_are_paid_for():
     assert pulse.channels["HAADF"].mean() == pytest.approx(blanked.channels["HAADF"].mean(), rel=0.1)
 
 
+@pytest.mark.parametrize("blanked", [True, False])
+def test_what_broke_off_is_on_the_meter_in_the_specimen_and_on_the_clock_alike(blanked):
+    scan = {"flyback_s": 1e-3, "flyback_blanked": blanked, "blanker_latency_s": 2e-3, "line_jitter_nm": 0.0}
+    simulated = column(drift_nm_per_s=(0.0, 0.0), swing_nm=0.0, **scan)
+
+    def cut(ordinal, electrons):
+        raise Broken(electrons)
+
+    simulated.on_line_block = cut
+    with pytest.raises(Broken):
+        simulated.fire(0, region())  # one line of 24
+    line_s = 36 * 2e-5 + (0.0 if blanked else 1e-3)
+    assert simulated.meter == pytest.approx(electrons_per_second(CURRENT_PA) * line_s, rel=CURRENT_LIMIT)
+    assert simulated.tile_fluence().sum() * 100 == pytest.approx(simulated.meter, abs=1.0)
+    assert simulated.clock_s == pytest.approx(36 * 2e-5 + 1e-3)
+
+
 def test_a_charging_specimen_moves_brightens_and_recovers():
     charging = Charging(offset_nm=(0.3, 0.0), gain=0.5, decay_s=0.05)
     scan = ScanModel(line_jitter_nm=0.0, charging=charging)
@@ -215,6 +232,7 @@ def test_a_charging_specimen_moves_brightens_and_recovers():
     ("detectors", "word"),
     [
         ({}, "no detector"),
+        ({"metadata": Detector()}, "capital"),
         ({"HAADF": Detector(), "MAADF": Detector(inner_mrad=60.0, outer_mrad=90.0)}, "overlap"),
     ],
 )

@@ -166,6 +166,36 @@ def test_all_electrons_reach_a_detector_or_pass_beyond_the_last():
     assert all(validity.linear_ok == (name != "MAADF") for name, validity in rendered.validity.items())
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([(80.0, 30.0), (200.0, 21.4)]), st.floats(0, 100), st.floats(2, 110), st.sampled_from([6, 22, 79])
+)
+def test_any_ring_lets_an_atoms_image_die_away_and_two_rings_add_up(setting, inner, width, number):
+    optics = Optics(voltage_kV=setting[0], semi_angle_mrad=setting[1], source_fwhm_nm=0.0)
+    middle, outer = inner + 0.4 * width, inner + width
+    whole = Renderer(optics, {"A": (inner, outer)})
+    parts = Renderer(optics, {"A": (inner, middle), "B": (middle, outer)})
+    probe = np.array([[10.0, 10.0], [10.6, 10.0], [16.5, 10.0]])
+    atom = np.array([[10.0, 10.0]]), np.array([number]), np.array([0.06])
+    one, two = whole.images(*atom, probe), parts.images(*atom, probe)
+    scale = max(np.abs(two[name]).max() for name in "AB")
+    assert np.abs(one["A"] - two["A"] - two["B"]).max() < 0.03 * scale + 1e-5
+    assert np.abs(one["A"][2]) < 0.03 * scale + 1e-5
+    assert whole.vacuum["A"] == pytest.approx(parts.vacuum["A"] + parts.vacuum["B"], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("annulus", "sign"),
+    [((0.0, 30.0), -1), ((0.0, 40.0), -1), ((24.0, 200.0), 1), ((26.0, 200.0), 1), ((10.0, 20.0), -1)],
+)
+@pytest.mark.parametrize(
+    "optics", [Optics(), Optics(voltage_kV=120.0, semi_angle_mrad=30.0)], ids=["table", "no table"]
+)
+def test_power_law_knows_whether_a_detector_gains_or_loses(optics, annulus, sign):
+    strength = Renderer(optics, {"A": annulus}, POWER).objects["A"].strength_A2(42)
+    assert math.copysign(1.0, strength) == sign
+
+
 def test_power_law_keeps_the_scale_of_the_tables_and_has_its_exponent():
     table, power = Renderer(Optics()), Renderer(Optics(), contrast=Contrast(level="power", exponent=1.8))
     ratio = [power.objects["HAADF"].strength_A2(z) / table.objects["HAADF"].strength_A2(z) for z in (6, 16, 42, 79)]
