@@ -53,6 +53,7 @@ def conclude(
         "electrons_delivered": None if truth is None else truth.electrons_delivered,
         "truth": None if truth is None else {"positions_nm": truth.targets.tolist(), "labels": list(truth.labels)},
     }
+    summary["beam"] = beam_damage(state, truth)
     summary["lines"] = _lines(folder, state, summary, unit)
     write_durable(folder / "summary.json", json.dumps(summary).encode())
     progress("report")
@@ -102,6 +103,23 @@ def contract_of(folder: Path, state: State, truth: Truth | None, wall_seconds: f
         "wall_seconds": wall_seconds,
         "decisions": [_decision(d) for d in state.decisions if d.decision.kind == "scan"],
     }
+
+
+def beam_damage(state: State, truth: Truth | None) -> dict[str, int] | None:
+    """What the beam did while the session ran, where the instrument knows: changes by kind, and ``finds``, those of the
+    finds that match no true object but a site that the beam emptied itself. None where it is not known."""
+    if truth is None or truth.atoms is None:
+        return None
+    counted = dict.fromkeys(sorted({change.kind for change in truth.changes}), 0)
+    for change in truth.changes:
+        counted[change.kind] += 1
+    emptied = np.array([change.position_nm for change in truth.changes if change.kind == "removed"]).reshape(-1, 2)
+    found = _positions(state)
+    before, after = (
+        score(found, there, state.plan.match_nm).matched
+        for there in (truth.targets, np.concatenate([truth.targets, emptied]))
+    )
+    return {**counted, "finds": after - before}
 
 
 def _decision(decided: Decided) -> dict[str, Any]:
@@ -201,6 +219,12 @@ def _lines(folder: Path, state: State, summary: dict[str, Any], unit: str) -> li
             lines.append(line + ratio)
     if summary["comparison"] and contract["targets"]["true"]:
         lines += _recall_table(summary, unit)
+    beam = summary["beam"]
+    if beam and len(beam) > 1:
+        did = ", ".join(f"{count} {kind}" for kind, count in beam.items() if kind != "finds")
+        lines.append(
+            f"the beam changed atoms: {did}; {beam['finds']} finds are vacancies of its own making, not true ones"
+        )
     for record in state.keys.values():
         if record.state == "INDET":
             kept = "frame kept" if record.digests else "frame lost"

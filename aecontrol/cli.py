@@ -143,6 +143,9 @@ def simulate(
         print(json.dumps(made))
         return
     print(f"{made['file']}{' and more' if len(made['files']) > 1 else ''}: {made['shape']}, {made['atoms']} sites")
+    for channel, claim in made["validity"].items():
+        if claim["note"]:
+            print(f"  {channel}: {'' if claim['linear_ok'] else 'linear model not valid: '}{claim['note']}")
     for line in made["assumptions"]:
         print(f"  assumed: {line}")
 

@@ -144,16 +144,21 @@ def load(path: Path, seed: int | None = None) -> SessionConfig:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of the whole configuration, with every installed part."""
+    """JSON schema of the whole configuration, with every installed part. What tables inside others may hold (specimens)
+    and what has files of its own (simulations) is among the definitions, as ``specimen.KIND`` and ``simulation.KIND``.
+    """
     schema = Tables.model_json_schema()
     definitions = schema.setdefault("$defs", {})
-    for role in ("driver", "perceiver", "policy"):
+    for role in ("driver", "perceiver", "policy", "specimen", "simulation"):
         options = []
         for kind in kinds(role):
             part = part_class(role, kind).model_json_schema(ref_template=f"#/$defs/{role}.{kind}.{{model}}")
             for name, body in part.pop("$defs", {}).items():
                 definitions[f"{role}.{kind}.{name}"] = body
-            options.append(part)
+            definitions[f"{role}.{kind}"] = part
+            options.append({"$ref": f"#/$defs/{role}.{kind}"})
+        if role in ("specimen", "simulation"):
+            continue
         schema["properties"][role] = {"oneOf": options, "description": f"entry points: {GROUPS[role]}"}
         schema.setdefault("required", []).append(role)
     schema["title"] = "aecontrol session"

@@ -110,15 +110,17 @@ def _read_npz(path: Path, key: str | None) -> Picture:
         image = _member(archive, members[chosen])
         scale = _member(archive, members[_PIXEL_SIZE]) if _PIXEL_SIZE in members else None
         labels = _member(archive, members[_LABELS]) if _LABELS in members else None
-    if scale is not None and (scale.size != 1 or not np.isfinite(scale).all() or scale.item() <= 0):
-        raise BadInput(f"{path.name}: {_PIXEL_SIZE} = {scale.tolist()}", "give one positive number of nm")
+    if scale is not None and (scale.size not in (1, 2) or not np.isfinite(scale).all() or scale.min() <= 0):
+        raise BadInput(
+            f"{path.name}: {_PIXEL_SIZE} = {scale.tolist()}", "give one positive number of nm, or two (x, y)"
+        )
     if labels is not None and (labels.ndim != 2 or labels.shape[1] != 2 or not np.isfinite(labels).all()):
         raise BadInput(
             f"{path.name}: {_LABELS} of shape {labels.shape}, or not finite", "give (x, y) in px, shape [n, 2]"
         )
     return Picture(
         image,
-        None if scale is None else float(scale.item()),
+        None if scale is None else _square(float(scale.flat[0]), float(scale.flat[-1])),
         None if labels is None else labels.astype(np.float64),
         {"format": "npz", "key": chosen},
     )

@@ -118,7 +118,9 @@ def _write_hspy(path: Path, images: ImageSet) -> None:
     _writer()(str(path), signal)
 
 
-def _storable(array: NDArray[np.generic]) -> NDArray[np.generic]:
+def _storable(array: NDArray[np.generic]) -> Any:
+    if array.ndim == 0:
+        return array.item()
     return array.astype("S") if array.dtype.kind == "U" else array
 
 

@@ -73,15 +73,27 @@ def validate(model: type[M], table: Mapping[str, Any], where: str) -> M:
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        raise BadInput(_explain(error, where), "see `aecontrol schema` for every key") from error
+        raise BadInput(_explain(error, where, model), "see `aecontrol schema` for every key") from error
 
 
-def _explain(error: ValidationError, where: str) -> str:
+def _keys(model: type[Model], path: tuple[int | str, ...]) -> str:
+    """Keys that the table at ``path`` of ``model`` may have, where that can be told."""
+    for step in path:
+        field = model.model_fields.get(str(step))
+        inner = [a for a in (field.annotation, *get_args(field.annotation)) if field] if field else []
+        found = [a for a in inner if isinstance(a, type) and issubclass(a, Model)]
+        if not found:
+            return ""
+        model = found[0]
+    return f" (known: {', '.join(model.model_fields)})"
+
+
+def _explain(error: ValidationError, where: str, model: type[Model]) -> str:
     lines = []
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in (where, *item["loc"]) if part != "")
         if item["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key")
+            lines.append(f"{key}: unknown key{_keys(model, item['loc'][:-1])}")
         elif item["type"] == "missing":
             lines.append(f"{key}: missing")
         else:

@@ -49,6 +49,7 @@ def simulate(config: Path, out: Path, device: str, workers: int, progress: Progr
         "shape": list(next(iter(first.channels.values())).shape),
         "atoms": atoms,
         "channels": list(first.channels),
+        "validity": first.metadata.get("validity", {}),
         "assumptions": list(first.metadata.get("assumptions", ())),
     }
 

@@ -37,8 +37,10 @@ def draw_card(title: str, images: ImageSet) -> Figure:
     _mark_sites(ideal, images, extent)
     _draw_label(truth, images, extent)
     optics = images.metadata["settings"]["optics"]
-    note = images.metadata["validity"][channel]["note"] or "linear model valid"
-    figure.text(0.5, -0.03, f"{optics['voltage_kV']:g} kV, {optics['semi_angle_mrad']:g} mrad; {note}", ha="center")
+    claim = images.metadata["validity"][channel]
+    note = "linear model valid" if claim["linear_ok"] else f"linear model not valid: {claim['note']}"
+    setting = f"{optics['voltage_kV']:g} kV, {optics['semi_angle_mrad']:g} mrad"
+    figure.text(0.5, -0.03, f"{setting}; {channel}: {note}", ha="center")
     return figure
 
 
@@ -126,7 +128,7 @@ def _draw_map(ax: Axes, name: str, values: Floats, extent: Extent) -> None:
         x, y = (at + 0.5) * extent[1] / values.shape[1], (at + 0.5) * extent[2] / len(values)
         u, v = values[np.ix_(at, at)][..., 0], values[np.ix_(at, at)][..., 1]
         ax.quiver(x, y, u, v, angles="xy", color="white", width=0.005)
-        name = f"{name}: direction, degrees"
+        name = f"{name.removesuffix('_nm')}: direction, degrees from +x to +y (down)"
     else:
         shown = ax.imshow(values, cmap="viridis", extent=extent, interpolation="nearest")
     ax.figure.colorbar(shown, ax=ax, shrink=0.8)

@@ -25,7 +25,7 @@ class SimulatedDriver(ColumnSetup):
     def build(self, folder: Path, base: Path, seed: int) -> Instrument:
         """The instrument with its ledger in ``folder``; specimen and noise follow from ``seed``."""
         column = self.column(seed)
-        assumed = assumptions(self.damage)
+        assumed = assumptions(self.damage, column.snapshot().elements)
         limits = [f"{name} images: {found.note}" for name, found in column.validity().items() if found.note]
         capabilities = Capabilities(
             identity=f"simulated {self.specimen['kind']}, seed {seed}, settings {self._digest()}",

@@ -8,7 +8,7 @@ measured property. No calibrated critical fluence of LLZO is known.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -224,9 +224,16 @@ def preset(name: str, temperature_K: float = ROOM_K) -> Damage:
     return Damage(preset=name, temperature_K=temperature_K)
 
 
-def assumptions(damage: Damage) -> tuple[str, ...]:
+def assumptions(damage: Damage, elements: Collection[str] | None = None) -> tuple[str, ...]:
     """One line for each number in ``damage`` that is quoted [L] or assumed [A], with its unit and the elements that it
-    is for, to show to the user."""
+    is for, to show to the user. With ``elements``: of those only, and which of them the beam cannot harm."""
+    if elements is not None:
+        keys = (*(key for key, *_ in _PER_ELEMENT), "excitation_barn")
+        kept = {key: {s: v for s, v in getattr(damage, key).items() if s in elements} for key in keys}
+        harmed = {symbol for key in keys if key != "velocity_variance_m2_s2" for symbol in kept[key]}
+        safe = [symbol for symbol in elements if symbol not in harmed]
+        spared = (f"{', '.join(safe)}: no damage is modelled",) if safe else ()
+        return (*assumptions(damage.model_copy(update=kept)), *spared)
     lines: list[str] = []
     for key, words, unit in _PER_ELEMENT:
         marked = {

@@ -27,6 +27,7 @@ from .streams import stream
 Arrays = dict[str, NDArray[np.generic]]
 ATOMS_MARGIN_NM = 0.3
 """Atoms this far outside the frame are listed too: they shine into it."""
+MAX_PIXELS = 2**25
 Range = tuple[Positive, Positive]
 Side = Annotated[int, Field(gt=0, le=16384)]
 """Pixels along one side of a frame."""
@@ -44,6 +45,10 @@ class View(Model):
     def region(self, field_nm: tuple[float, float]) -> ScanRegion:
         """As a region of a field. Raises BadInput when it leaves the field."""
         width, height = field_nm
+        if self.shape[0] * self.shape[1] > MAX_PIXELS:
+            raise BadInput(
+                f"view.shape: {self.shape[0]} x {self.shape[1]} pixels are more than {MAX_PIXELS}", "scan fewer pixels"
+            )
         region = ScanRegion(
             center_nm=self.center_nm or (width / 2, height / 2),
             fov_nm=self.fov_nm or field_nm,
@@ -104,7 +109,7 @@ class ScanSimulation(ColumnSetup):
                 "settings": self.model_dump(mode="json"),
                 "region": region.model_dump(mode="json"),
                 "validity": self._validity(column),
-                "assumptions": list(assumptions(self.damage)),
+                "assumptions": list(assumptions(self.damage, column.snapshot().elements)),
                 "fluence_e_per_A2_per_frame": fluence_e_per_A2(electrons[0] * region.pixels, region.area_nm2),
                 "electrons_delivered": column.meter,
                 "units": "positions nm; fluence e/A^2; noiseless images are fractions of the beam",
@@ -132,6 +137,9 @@ class ScanSimulation(ColumnSetup):
             )
             return {name: {"linear_ok": True, "calibrated": True, "note": note} for name in self.detectors}
         return {name: vars(validity) for name, validity in column.validity().items()}
+
+
+TRAINING_LABELS = ("atoms_px", "atomic_numbers", "atoms_column", "atoms_site", "atoms_alive", "atoms_defect")
 
 
 class TrainingSet(Model):
@@ -237,7 +245,7 @@ class TrainingSet(Model):
         atoms = atoms_in(column.snapshot(), region, None)
         facts: dict[str, Any] = {"pixel_nm": pixel, "dwell_time_s": dwell, "column": which, "specimen_seed": seed}
         facts |= {"rotation_rad": region.rotation_rad, "center_nm": region.center_nm}
-        kept = {key: atoms[key] for key in ("atoms_px", "atomic_numbers", "atoms_column", "atoms_site", "atoms_alive")}
+        kept = {key: atoms[key] for key in TRAINING_LABELS}
         return channels, kept, facts
 
 

@@ -44,7 +44,7 @@ class Specimen:
     ``defect`` [n] names the defect a site belonged to when built ('' for none); ``defect_id`` [n] numbers it (-1 for
     none); ``unit`` [n], equal for the atoms that radiolysis breaks together. ``size_nm`` is the field.
 
-    ``arrays``: further labels per atom, name -> [n, ...] (e.g. 'polarisation' [n, 2] angstrom, 'tilt_deg' [n, 3],
+    ``arrays``: further labels per atom, name -> [n, ...] (e.g. 'polarisation_nm' [n, 2], 'tilt_deg' [n, 3],
     'domain', 'phase', 'ring'); NaN or -1 where a label does not apply. ``fields``: labels of places, name -> function
     of positions [..., 2] nm. ``material`` names the class of material (for damage presets). ``zone_axis``: columns
     are seen end on. ``period_A`` [2, 2]: two perpendicular vectors in the plane with which the perfect lattice repeats
@@ -70,6 +70,11 @@ class Specimen:
 
     def __len__(self) -> int:
         return len(self.positions_A)
+
+    @property
+    def elements(self) -> tuple[str, ...]:
+        """Symbols of the elements that it holds, lightest first."""
+        return tuple(SYMBOLS[int(number)] for number in np.unique(self.atomic_numbers))
 
     @property
     def thickness_nm(self) -> float:

@@ -69,7 +69,7 @@ WALLS: Mapping[tuple[str, str], _Walls] = {
 class Ferroelectric(Model):
     """PbTiO3 (P4mm, c along y) or BiFeO3 (pc cell, B shift along <111>, no octahedral tilts), along [001].
 
-    ``polarisation`` is the shift of B from the centre of its A sites, as HAADF shows it, in the image plane. (In
+    ``polarisation_nm`` is the shift of B from the centre of its A sites, as HAADF shows it, in the image plane. (In
     PbTiO3 the O atoms shift further the same way, so that the dipole points against it.) Stripes: the components that
     differ between the domains follow tanh(distance / w) through every wall, one of which crosses the field's centre.
     Vortex: the in-plane shift turns once round the field's centre and falls to zero there as tanh(r / w). The lattice
@@ -131,11 +131,13 @@ class Ferroelectric(Model):
             site=names,
             unit=sites.unit,
             arrays={
-                "polarisation": np.where((names == "B")[:, None], shown, np.nan),
+                "polarisation_nm": angstrom_to_nm(1.0) * np.where((names == "B")[:, None], shown, np.nan),
                 "domain": self._domain(from_middle),
             },
             fields={
-                "polarisation": lambda where: self._shift_A * (self._direction(sites.pc(where)) @ sites.turn)[..., :2],
+                "polarisation_nm": lambda where: (
+                    angstrom_to_nm(self._shift_A) * (self._direction(sites.pc(where)) @ sites.turn)[..., :2]
+                ),
                 "domain": lambda where: self._domain(sites.pc(where)),
                 "distance_to_wall_nm": lambda where: angstrom_to_nm(1.0) * np.abs(self._from_wall(sites.pc(where))),
             },

@@ -69,7 +69,10 @@ class SrTiO3(Model):
             defect=np.where(missing, "vacancy", ""),
             defect_id=np.where(missing, np.arange(len(names)), -1),
             unit=sites.unit,
-            arrays={"tilt_deg": tilt_labels(sites.half, names, place), "mismatch_A": place.mismatch_A(sites.half)},
+            arrays={
+                "tilt_deg": tilt_labels(sites.half, names, place),
+                "mismatch_nm": angstrom_to_nm(1.0) * place.mismatch_A(sites.half),
+            },
             material="perovskite",
             period_A=(2.0 if any(self.tilt_deg) else 1.0) * SRTIO3_A * sites.turn[:2, :2],
         )
@@ -170,7 +173,7 @@ class CaTiO3OnLsat(Model):
             unit=sites.unit,
             arrays={
                 "tilt_deg": tilt_labels(sites.half, names, place),
-                "mismatch_A": place.mismatch_A(sites.half),
+                "mismatch_nm": angstrom_to_nm(1.0) * place.mismatch_A(sites.half),
                 "phase": film.astype(np.int64),
             },
             fields={

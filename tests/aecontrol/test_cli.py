@@ -101,7 +101,13 @@ def test_light_commands_are_light(tmp_path, arguments):
 
 def test_the_schema_describes_every_part(tmp_path):
     schema = json.loads(aecontrol("schema", cwd=tmp_path).stdout)
-    kinds = {option["properties"]["kind"]["const"] for option in schema["properties"]["policy"]["oneOf"]}
+    parts = {name: body for name, body in schema["$defs"].items() if name.count(".") == 1}
+    kinds = {name.removeprefix("policy.") for name in parts if name.startswith("policy.")}
+    assert {option["$ref"] for option in schema["properties"]["policy"]["oneOf"]} == {
+        f"#/$defs/policy.{kind}" for kind in kinds
+    }
+    assert parts["specimen.llzo"]["properties"]["thickness_nm"]["description"]
+    assert {"simulation.scan", "simulation.tem", "simulation.training"} <= set(parts)
     assert {"bayes", "random", "raster", "serpentine", "sobol", "greedy"} <= kinds
 
 

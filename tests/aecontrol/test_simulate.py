@@ -170,16 +170,17 @@ def test_training_shards_are_the_same_from_one_or_several_workers(tmp_path):
         assert image[at[:, 1], at[:, 0]].mean() > image.mean()
 
 
-def test_hspy_opens_with_calibrated_axes(tmp_path):
+@pytest.mark.parametrize("frames", [1, 2])
+def test_hspy_opens_with_calibrated_axes(tmp_path, frames):
     reader = pytest.importorskip("rsciio.hspy", reason="RosettaSciIO (the files extra) reads and writes .hspy")
-    (images,) = produced(small_mos2(frames=2))
+    (images,) = produced(small_mos2(frames=frames))
     path = tmp_path / "series.hspy"
     write_image_set(path, images)
     (signal,) = reader.file_reader(str(path))
-    assert signal["data"].shape == (3, 2, 128, 128)
+    assert signal["data"].shape == (3, *((2,) if frames == 2 else ()), 128, 128)
     assert np.array_equal(signal["data"][0], images.channels["HAADF"])
     axes = {axis["name"]: axis for axis in signal["axes"]}
-    assert list(axes) == ["channel", "frame", "y", "x"]
+    assert list(axes) == ["channel", *(("frame",) if frames == 2 else ()), "y", "x"]
     assert (axes["x"]["units"], axes["x"]["scale"]) == ("nm", pytest.approx(4 / 128))
     kept = signal["original_metadata"]["aecontrol"]
     assert json.loads(kept["settings"])["settings"]["optics"]["voltage_kV"] == 80.0
@@ -192,6 +193,9 @@ def test_hspy_opens_with_calibrated_axes(tmp_path):
         ({"optics__semi_angle_mrad": 0.0}, "semi_angle_mrad = 0.0"),
         ({"view__fov_nm": [0.0, 4.0]}, "fov_nm.0 = 0.0"),
         ({"view__shape": [0, 128]}, "shape.0 = 0"),
+        ({"view__shape": [16000, 16000]}, "pixels are more than"),
+        ({"beam_current_pA": 1e30}, "beam_current_pA = 1e+30"),
+        ({"specimen__vacancies": {"clusters": 3}}, "n_clusters"),
         ({"beam_current_pA": -1.0}, "beam_current_pA = -1.0"),
         ({"view__center_nm": [50.0, 1.0]}, "outside the specimen's field"),
         ({"specimen__kind": "unobtainium"}, "unobtainium"),

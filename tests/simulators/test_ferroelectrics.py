@@ -38,8 +38,8 @@ def test_the_label_is_the_shift_that_the_atoms_show(crystal, pattern):
     specimen = built(crystal, pattern, rotation_deg=20)
     b, shift = shifts(specimen)
     assert len(b) > 5000
-    assert specimen.arrays["polarisation"][b] == pytest.approx(shift[:, :2], abs=1e-6)
-    assert np.isnan(specimen.arrays["polarisation"][specimen.site != "B"]).all()
+    assert specimen.arrays["polarisation_nm"][b] == pytest.approx(0.1 * shift[:, :2], abs=1e-7)
+    assert np.isnan(specimen.arrays["polarisation_nm"][specimen.site != "B"]).all()
     far = specimen.labels(specimen.positions_A[b, :2] / 10)["distance_to_wall_nm"] > 3.0
     if pattern != "stripes_71":  # where the wall is not seen edge on
         expected = 0.1565 if crystal == "PbTiO3" else 0.25
@@ -53,7 +53,7 @@ def test_field_labels_agree_with_the_atoms(crystal, pattern):
     z = specimen.positions_A[b, 2]
     b = b[np.abs(z - (z.min() + z.max()) / 2) < 4.5]  # labels of places are those at half height
     labels = specimen.labels(specimen.positions_A[b, :2] / 10)
-    assert labels["polarisation"] == pytest.approx(specimen.arrays["polarisation"][b], abs=0.06)
+    assert labels["polarisation_nm"] == pytest.approx(specimen.arrays["polarisation_nm"][b], abs=0.006)
     away = labels["distance_to_wall_nm"] > 0.6
     core = pattern == "vortex"
     agree = labels["domain"][away] == specimen.arrays["domain"][b][away]
@@ -111,7 +111,7 @@ def test_walls_are_as_far_apart_as_asked():
     assert labels["distance_to_wall_nm"] == pytest.approx(
         np.abs(x[:, None] - [2, 11, 20, 29, 38]).min(axis=1), abs=0.02
     )
-    assert np.sign(labels["polarisation"][:, 1]) == pytest.approx(np.where(labels["domain"], -1, 1))
+    assert np.sign(labels["polarisation_nm"][:, 1]) == pytest.approx(np.where(labels["domain"], -1, 1))
 
 
 @pytest.mark.parametrize("crystal", ["PbTiO3", "BiFeO3"])
@@ -121,7 +121,7 @@ def test_the_shift_turns_once_round_the_vortex(crystal):
     def turns(center, radius):
         angle = np.linspace(0, 2 * math.pi, 400)
         ring = np.asarray(center) + radius * np.column_stack([np.cos(angle), np.sin(angle)])
-        p = specimen.labels(ring)["polarisation"]
+        p = specimen.labels(ring)["polarisation_nm"]
         steps = np.diff(np.unwrap(np.arctan2(p[:, 1], p[:, 0])))
         return steps.sum() / (2 * math.pi)
 

@@ -95,7 +95,7 @@ def test_glazer_tilts_give_the_published_checks(tilt_deg, signs, recovered, mism
     for tilts in np.abs(measured):  # alpha and beta change places between the sublattices of '--+'
         assert min(np.abs(tilts - order).max() for order in (recovered, np.array(recovered)[[1, 0, 2]])) < 0.006
     if mismatch_A is not None:
-        assert np.nanmax(specimen.arrays["mismatch_A"]) == pytest.approx(mismatch_A, abs=5e-4)
+        assert np.nanmax(specimen.arrays["mismatch_nm"]) == pytest.approx(0.1 * mismatch_A, abs=5e-5)
     if bonds_A is not None:
         lengths = np.linalg.norm(bonds, axis=2)
         nearest = np.abs(lengths[..., None] - bonds_A).min(axis=2)

@@ -168,7 +168,7 @@ def test_all_electrons_reach_a_detector_or_pass_beyond_the_last():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from([(80.0, 30.0), (200.0, 21.4)]), st.floats(0, 100), st.floats(2, 110), st.sampled_from([6, 22, 79])
+    st.sampled_from([(80.0, 30.0), (200.0, 21.4)]), st.floats(0, 100), st.floats(20, 110), st.sampled_from([6, 22, 79])
 )
 def test_any_ring_lets_an_atoms_image_die_away_and_two_rings_add_up(setting, inner, width, number):
     optics = Optics(voltage_kV=setting[0], semi_angle_mrad=setting[1], source_fwhm_nm=0.0)
