@@ -58,8 +58,8 @@ def timed(renderer: Renderer, specimen: object, region: ScanRegion, noise: bool,
 
 
 def small_frame() -> None:
-    """512 x 512 over 24 nm, two elements."""
-    side_nm = 23.4
+    """512 x 512 over 24.7 nm, two elements."""
+    side_nm = 24.7
     specimen = Mos2(size_nm=(side_nm, side_nm)).build(0)
     inside = np.all((specimen.positions_A[:, :2] >= 0) & (specimen.positions_A[:, :2] < 10 * side_nm), axis=1)
     renderer, region = Renderer(Optics()), square(side_nm, 512)
