@@ -103,7 +103,11 @@ def _common(numbers: NDArray[Any]) -> NDArray[Any]:
 
 def _draw_label(ax: Axes, images: ImageSet, extent: Extent) -> None:
     """The most telling label: a map of places, else a number per atom, else the second channel."""
-    maps = {name: np.asarray(values, float) for name, values in images.arrays.items() if name.startswith("labels_")}
+    maps = {
+        name: np.asarray(values, float)
+        for name, values in images.arrays.items()
+        if name.startswith("labels_") and name not in ("labels_defect", "labels_tilt_deg")
+    }
     telling = {name: values for name, values in maps.items() if np.isfinite(values).any() and np.ptp(values) > 0}
     for name in sorted(telling, key=lambda name: ("polarisation" not in name, "distance" in name)):
         _draw_map(ax, name.removeprefix("labels_"), telling[name], extent)

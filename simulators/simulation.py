@@ -27,6 +27,8 @@ from .streams import stream
 Arrays = dict[str, NDArray[np.generic]]
 ATOMS_MARGIN_NM = 0.3
 """Atoms this far outside the frame are listed too: they shine into it."""
+DEFECT_NM, OCTAHEDRON_NM = 0.12, 0.3
+"""A place belongs to a defect, or to an octahedron, this far from it."""
 MAX_PIXELS = 2**25
 Range = tuple[Positive, Positive]
 Side = Annotated[int, Field(gt=0, le=16384)]
@@ -263,9 +265,34 @@ def _column(setup: ColumnSetup, seed: int, device: str) -> SimulatedColumn:
 
 
 def labels_of_places(specimen: Specimen, region: ScanRegion) -> Arrays:
-    """Every field label at the commanded pixel centres: ``labels_NAME`` [rows, cols, ...]."""
-    found = specimen.labels(nominal_positions_nm(region))
-    return {f"labels_{name}": values for name, values in found.items()}
+    """Every field label at the commanded pixel centres: ``labels_NAME`` [rows, cols, ...], and what the nearest site says
+    where one is near: ``labels_defect`` (its class, '' for none) and ``labels_tilt_deg`` (of the nearest octahedron)."""
+    points_nm = nominal_positions_nm(region)
+    found: Arrays = {f"labels_{name}": values for name, values in specimen.labels(points_nm).items()}
+    faulty = np.asarray(specimen.defect != "")
+    if faulty.any():
+        found["labels_defect"] = _nearest(specimen, faulty, specimen.defect, points_nm, DEFECT_NM, "")
+    if "tilt_deg" in specimen.arrays:
+        tilt = np.asarray(specimen.arrays["tilt_deg"], dtype=np.float64)
+        known = np.isfinite(tilt).all(axis=1)
+        found["labels_tilt_deg"] = _nearest(specimen, known, tilt, points_nm, OCTAHEDRON_NM, math.nan)
+    return found
+
+
+def _nearest(
+    specimen: Specimen, chosen: NDArray[np.bool_], values: NDArray[Any], points_nm: NDArray[np.float64], reach_nm: float,
+    missing: Any,
+) -> NDArray[np.generic]:  # fmt: skip
+    """At each point the value of the nearest chosen site, ``missing`` where none lies within ``reach_nm``."""
+    from scipy.spatial import cKDTree
+
+    index = np.flatnonzero(chosen)
+    tree = cKDTree(angstrom_to_nm(1.0) * specimen.positions_A[index, :2])
+    distance, place = tree.query(points_nm, distance_upper_bound=reach_nm)
+    far = ~np.isfinite(distance)
+    found = values[index[np.where(far, 0, place)]]
+    found[far] = missing
+    return np.asarray(found)
 
 
 def atoms_in(specimen: Specimen, region: ScanRegion, alive_by_frame: list[NDArray[np.bool_]] | None) -> Arrays:

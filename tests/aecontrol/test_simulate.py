@@ -61,6 +61,15 @@ def test_the_command_writes_images_and_truth_that_agree(tmp_path):
     inside = living[np.all((living > 8) & (living < 504), axis=1)].astype(int)
     dark = found["noiseless_HAADF"]
     assert dark[inside[:, 1], inside[:, 0]].min() > 3 * np.median(dark)
+    # where a label says vacancy, a site is vacant, and the other way round
+    gone = found["atoms_px"][
+        (found["atoms_defect"] == "vacancy") & np.all(np.abs(found["atoms_px"] - 256) < 250, axis=1)
+    ]
+    assert len(gone) > 10
+    assert (found["labels_defect"][gone[:, 1].astype(int), gone[:, 0].astype(int)] == "vacancy").all()
+    rows, cols = np.nonzero(found["labels_defect"] == "vacancy")
+    apart = np.hypot(cols[:, None] + 0.5 - vacant[:, 0], rows[:, None] + 0.5 - vacant[:, 1]).min(axis=1)
+    assert apart.max() * 8 / 512 <= 0.12
     # pixels and specimen frame are one rotation apart
     turn = np.deg2rad(10.0)
     centred = (found["atoms_px"] - 256) * found["pixel_size_nm"]
