@@ -269,28 +269,31 @@ def labels_of_places(specimen: Specimen, region: ScanRegion) -> Arrays:
     where one is near: ``labels_defect`` (its class, '' for none) and ``labels_tilt_deg`` (of the nearest octahedron)."""
     points_nm = nominal_positions_nm(region)
     found: Arrays = {f"labels_{name}": values for name, values in specimen.labels(points_nm).items()}
-    faulty = np.asarray(specimen.defect != "")
-    if faulty.any():
+    faulty = np.flatnonzero(specimen.defect != "")
+    if len(faulty):
         found["labels_defect"] = _nearest(specimen, faulty, specimen.defect, points_nm, DEFECT_NM, "")
     if "tilt_deg" in specimen.arrays:
         tilt = np.asarray(specimen.arrays["tilt_deg"], dtype=np.float64)
-        known = np.isfinite(tilt).all(axis=1)
+        known = np.flatnonzero(np.isfinite(tilt).all(axis=1))
         found["labels_tilt_deg"] = _nearest(specimen, known, tilt, points_nm, OCTAHEDRON_NM, math.nan)
     return found
 
 
 def _nearest(
-    specimen: Specimen, chosen: NDArray[np.bool_], values: NDArray[Any], points_nm: NDArray[np.float64], reach_nm: float,
+    specimen: Specimen,
+    sites: NDArray[np.int64],
+    values: NDArray[Any],
+    points_nm: NDArray[np.float64],
+    reach_nm: float,
     missing: Any,
-) -> NDArray[np.generic]:  # fmt: skip
-    """At each point the value of the nearest chosen site, ``missing`` where none lies within ``reach_nm``."""
+) -> NDArray[np.generic]:
+    """At each point the value of the nearest of ``sites``, ``missing`` where none lies within ``reach_nm``."""
     from scipy.spatial import cKDTree
 
-    index = np.flatnonzero(chosen)
-    tree = cKDTree(angstrom_to_nm(1.0) * specimen.positions_A[index, :2])
+    tree = cKDTree(angstrom_to_nm(1.0) * specimen.positions_A[sites, :2])
     distance, place = tree.query(points_nm, distance_upper_bound=reach_nm)
     far = ~np.isfinite(distance)
-    found = values[index[np.where(far, 0, place)]]
+    found = values[sites[np.where(far, 0, place)]]
     found[far] = missing
     return np.asarray(found)
 

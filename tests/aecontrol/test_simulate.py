@@ -62,9 +62,8 @@ def test_the_command_writes_images_and_truth_that_agree(tmp_path):
     dark = found["noiseless_HAADF"]
     assert dark[inside[:, 1], inside[:, 0]].min() > 3 * np.median(dark)
     # where a label says vacancy, a site is vacant, and the other way round
-    gone = found["atoms_px"][
-        (found["atoms_defect"] == "vacancy") & np.all(np.abs(found["atoms_px"] - 256) < 250, axis=1)
-    ]
+    vacant = found["atoms_px"][found["atoms_defect"] == "vacancy"]
+    gone = vacant[np.all(np.abs(vacant - 256) < 250, axis=1)]
     assert len(gone) > 10
     assert (found["labels_defect"][gone[:, 1].astype(int), gone[:, 0].astype(int)] == "vacancy").all()
     rows, cols = np.nonzero(found["labels_defect"] == "vacancy")
