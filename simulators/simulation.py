@@ -265,7 +265,7 @@ def _column(setup: ColumnSetup, seed: int, device: str) -> SimulatedColumn:
 
 
 def labels_of_places(specimen: Specimen, region: ScanRegion) -> Arrays:
-    """Every field label at the commanded pixel centres: ``labels_NAME`` [rows, cols, ...], and what a site near by says:
+    """Every field label at the commanded pixel centres: ``labels_NAME`` [rows, cols, ...], and what sites near by say:
     ``labels_defect`` (its class, '' for none) and ``labels_tilt_deg`` (of the nearest octahedron)."""
     points_nm = nominal_positions_nm(region)
     found: Arrays = {f"labels_{name}": values for name, values in specimen.labels(points_nm).items()}
