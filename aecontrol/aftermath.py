@@ -107,13 +107,15 @@ def contract_of(folder: Path, state: State, truth: Truth | None, wall_seconds: f
 
 def beam_damage(state: State, truth: Truth | None) -> dict[str, int] | None:
     """What the beam did while the session ran, where the instrument knows: changes by kind, and ``finds``, those of the
-    finds that match no true object but a site that the beam emptied itself. None where it is not known."""
+    finds that match no true object but a site that an atom left under the beam. None where it is not known."""
     if truth is None or truth.atoms is None:
         return None
     counted = dict.fromkeys(sorted({change.kind for change in truth.changes}), 0)
     for change in truth.changes:
         counted[change.kind] += 1
-    emptied = np.array([change.position_nm for change in truth.changes if change.kind == "removed"]).reshape(-1, 2)
+    emptied = np.array(
+        [change.position_nm for change in truth.changes if change.kind in ("removed", "displaced")]
+    ).reshape(-1, 2)
     found = _positions(state)
     before, after = (
         score(found, there, state.plan.match_nm).matched

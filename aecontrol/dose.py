@@ -210,7 +210,8 @@ def over_budget(
         if limit is None:
             continue
         if after is None:
-            return f"this instrument does not meter {name}, so a budget of {limit:g} {name} cannot be kept"
+            why = "the instrument does not meter them, or the beam drifts without a bound"
+            return f"a budget of {limit:g} {name} cannot be kept: {why}"
         if after > limit:
             return f"it would bring the charge to {after:.6g} {name}; the budget is {limit:.6g}"
     return None

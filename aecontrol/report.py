@@ -238,6 +238,7 @@ def _ledger_table(record: Record) -> str:
     state = record.state
     charged, budget = state.charged, state.plan.budget
     metered = record.unit == "electrons"
+    bounded = state.capabilities is None or state.capabilities.position_error_nm is not None
     peak = float(state.tiles.fluence.max(initial=0.0)) if state.tiles is not None else 0.0
     measured = "measured; interrupted exposures at their bound"
     of_electrons = measured if metered else "unknown dose"
@@ -251,9 +252,11 @@ def _ledger_table(record: Record) -> str:
         ("pixels", charged.pixels, budget.pixels, measured),
         (
             "peak fluence in a 1 nm tile, e/Å²",
-            peak if metered else None,
+            peak if metered and bounded else None,
             budget.peak_fluence_e_per_A2,
-            "upper bound, summed over all exposures" if metered else "unknown dose",
+            ("upper bound, summed over all exposures" if bounded else "the beam drifts: no bound for any tile")
+            if metered
+            else "unknown dose",
         ),
         ("damage", charged.damage, budget.damage, "none: damage is not measured yet"),
         ("time, s", charged.seconds, budget.seconds, "exposures and a fixed time for each decision"),

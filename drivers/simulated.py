@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from aecontrol.exposure import InterlockLimits
+from aecontrol.registry import build_part
 from aecontrol.types import Capabilities
 from simulators.materials import assumptions
 from simulators.setup import ColumnSetup
@@ -43,8 +45,11 @@ class SimulatedDriver(ColumnSetup):
         return Instrument(column, capabilities, self.limits, folder)
 
     def _digest(self) -> str:
-        """Short hash of every setting: a ledger belongs to one column only."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        """Short hash of what was set, however it was written: a ledger belongs to one column only."""
+        told = self.model_dump(mode="json", exclude_defaults=True, exclude={"limits", "specimen"})
+        specimen = build_part("specimen", self.specimen, "specimen").model_dump(mode="json", exclude_defaults=True)
+        text = json.dumps([told, specimen, self.specimen["kind"]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _position_error_nm(self, field_nm: tuple[float, float]) -> float | None:
         """How far off electrons can land: the scan's error, and the blur of aberrations beyond a focused probe's."""

@@ -7,7 +7,6 @@ specimen, thickness, optics and detector and for nothing else. The fit is made o
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,11 @@ from numpy.typing import NDArray
 from aecontrol.errors import BadInput
 from aecontrol.units import angstrom_to_nm, nm_to_angstrom
 
+from .cache import cache_folder, kept
 from .elements import SYMBOLS
 from .multislice import Block, content_key, cut_out, scan_block
 from .optics import Optics
-from .scattering import Annulus, Calibration, cache_folder, objects, radial_probe
+from .scattering import Annulus, Calibration, objects, radial_probe
 from .specimens import Specimen
 from .streams import stream
 
@@ -51,20 +51,36 @@ def calibrate(specimen: Specimen, optics: Optics, annulus: Annulus, folder: Path
         raise BadInput("a calibrated model needs a round probe", "set a1_nm, a2_nm and b2_nm to 0")
     sharp = optics.model_copy(update={"source_fwhm_nm": 0.0})
     block, low, high = _sample(specimen, sharp)
-    settings = (sharp.model_dump(mode="json"), annulus, CONFIGURATIONS, POSITIONS, PRIOR, low.tolist(), high.tolist())
+    settings = (
+        specimen.thickness_nm,
+        sharp.model_dump(mode="json"),
+        annulus,
+        CONFIGURATIONS,
+        POSITIONS,
+        PRIOR,
+        low.tolist(),
+        high.tolist(),
+    )
     stored = (folder or cache_folder()) / f"{content_key(settings, block)}.json"
-    if stored.is_file():
-        return Calibration.model_validate_json(stored.read_text())
-    probe, seen = [], []
-    for i in range(CONFIGURATIONS):
-        probe.append(_places(block, low, high, i))
-        seen.append(scan_block(block, sharp, {"annulus": annulus}, probe[-1], 1, 0, first=i)[0, 0])
-    found = _fitted(block, sharp, annulus, np.concatenate(probe), np.concatenate(seen))
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    partial = stored.with_suffix(f".{os.getpid()}")
-    partial.write_text(found.model_dump_json(indent=1))
-    partial.replace(stored)
-    return found
+
+    def fit() -> Calibration:
+        probe, seen = [], []
+        for i in range(CONFIGURATIONS):
+            probe.append(_places(block, low, high, i))
+            seen.append(scan_block(block, sharp, {"annulus": annulus}, probe[-1], 1, 0, first=i)[0, 0])
+        found = _fitted(block, sharp, annulus, np.concatenate(probe), np.concatenate(seen))
+        return found.model_copy(update={"thickness_nm": specimen.thickness_nm})
+
+    return kept(
+        stored,
+        lambda path: Calibration.model_validate_json(path.read_text()),
+        fit,
+        _write,
+    )
+
+
+def _write(path: Path, found: Calibration) -> None:
+    path.write_text(found.model_dump_json(indent=1))
 
 
 def _sample(specimen: Specimen, sharp: Optics) -> tuple[Block, Array, Array]:
@@ -135,7 +151,7 @@ def _fitted(block: Block, sharp: Optics, annulus: Annulus, probe_A: Array, seen:
         },
         width_A=width,
         background=float(found[-1]),
-        thickness_nm=max(angstrom_to_nm(float(np.ptp(block.positions_A[:, 2]))), 0.1),
+        thickness_nm=angstrom_to_nm(float(np.ptp(block.positions_A[:, 2]))),
         voltage_kV=sharp.voltage_kV,
         semi_angle_mrad=sharp.semi_angle_mrad,
         detector_mrad=annulus,

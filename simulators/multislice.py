@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +24,10 @@ from numpy.typing import NDArray
 from aecontrol.errors import BadInput
 from aecontrol.units import nm_to_angstrom
 
+from .cache import kept
 from .optics import Optics, interaction_constant, wavelength_A
 from .potential import FOLDS, fast_size, require_abtem, transmissions
-from .single_atoms import write_tables
+from .single_atoms import tables_of, write_tables
 from .specimens import Specimen
 from .streams import stream
 
@@ -289,15 +288,13 @@ class MultisliceRenderer:
         blur_A = nm_to_angstrom(self.optics.blur_nm)
         block, corner = cut_out(specimen, probe_A, self.optics.semi_angle_mrad, blur_A)
         probe_A = probe_A - corner
-        stored = self.folder and self.folder / f"{self._key(block, probe_A)}.npz"
-        if stored and stored.exists():
-            with np.load(stored) as file:
-                images = file["images"]
-        else:
+        stored = self.folder and self.folder / f"{self._key(block, probe_A)}.npy"
+
+        def compute() -> NDArray[np.float32]:
             seen = scan_block(block, self.optics, self.detectors, probe_A, self.phonon_configurations, self.seed)
-            images = seen.mean(axis=0).astype(np.float32)
-            if stored:
-                _write_whole(stored, images)
+            return np.asarray(seen.mean(axis=0), dtype=np.float32)
+
+        images = kept(stored, _load_images, compute, np.save) if stored else compute()
         shape = np.asarray(probe_nm).shape[:-1]
         return {name: image.reshape(shape) for name, image in zip(self.detectors, images, strict=True)}
 
@@ -309,6 +306,10 @@ class MultisliceRenderer:
             self.seed,
         )
         return content_key(settings, block, probe_A)
+
+
+def _load_images(path: Path) -> NDArray[np.float32]:
+    return np.asarray(np.load(path, allow_pickle=False), dtype=np.float32)
 
 
 def content_key(settings: object, block: Block, probe_A: Array | None = None) -> str:
@@ -348,23 +349,13 @@ def cut_out(specimen: Specimen, probe_A: Array, semi_angle_mrad: float, blur_A: 
     return block, corner
 
 
-def _write_whole(path: Path, images: NDArray[np.float32]) -> None:
-    """Write beside ``path`` and rename, so that a stored image is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=images)
-    beside = path.with_suffix(f".{os.getpid()}.part")
-    beside.write_bytes(buffer.getvalue())
-    beside.replace(path)
-
-
 def main() -> None:
     """Make the tables of single atoms."""
     parser = argparse.ArgumentParser(prog="python -m simulators.multislice", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     tables = actions.add_parser("tables", help="how single atoms scatter, for the fast renderer")
     tables.add_argument("--out", type=Path, default=Path(__file__).parent / "tables" / "single_atoms.npz")
-    write_tables(parser.parse_args().out)
+    write_tables(parser.parse_args().out, tables_of())
 
 
 if __name__ == "__main__":

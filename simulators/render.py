@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from aecontrol.errors import BadInput
 from aecontrol.units import nm_to_angstrom
 
-from .elements import SYMBOLS, check_numbers
+from .elements import check_numbers
 from .optics import Optics, transfer
 from .scattering import (
     LINEAR_THICKNESS_NM,
@@ -137,7 +137,7 @@ class Renderer:
         alpha = self.optics.semi_angle_mrad
         calibration = self.calibrations.get(name)
         if calibration is not None:
-            thin = abs(thickness_nm - calibration.thickness_nm) <= 0.1 * calibration.thickness_nm
+            thin = abs(thickness_nm - calibration.thickness_nm) <= 0.1 * calibration.thickness_nm + 0.01
             thickness_note = f"calibrated at {calibration.thickness_nm:g} nm, not {thickness_nm:.1f} nm"
         else:
             thin = thickness_nm <= LINEAR_THICKNESS_NM or not zone_axis
@@ -233,10 +233,6 @@ class Renderer:
         import torch
 
         found = self.objects[name]
-        if np.isnan(found.amplitudes_A2[number]).any():
-            raise BadInput(
-                f"{SYMBOLS[number]} is not in the calibration of channel {name}", "calibrate a place that holds it"
-            )
         squared = torch.as_tensor(_Band.of(shape, self.grid_A, self.band_per_A).squared_per_A2, device=self.device)
         table = torch.zeros_like(squared)
         for amplitude, width in zip(found.amplitudes_A2[number], found.widths_A, strict=True):

@@ -13,7 +13,6 @@ Thermal motion, source size and aberrations are convolutions that the renderer a
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -27,6 +26,7 @@ from pydantic import Field
 from aecontrol.errors import BadInput
 from aecontrol.types import Model, NonNegative, Positive
 
+from .cache import cache_folder, kept
 from .elements import NUMBERS, SYMBOLS
 from .optics import Optics, lorentz_factor, transfer, wavelength_A
 
@@ -66,7 +66,7 @@ class Calibration(Model):
     weights_A2: dict[str, float] = Field(description="cross-section of one atom by element, angstrom^2")
     width_A: NonNegative = Field(description="standard deviation per axis of the common Gaussian object, angstrom")
     background: float = Field(description="fraction of the beam that is detected everywhere")
-    thickness_nm: Positive = Field(description="thickness of the specimen, nm")
+    thickness_nm: NonNegative = Field(description="thickness of the specimen, nm")
     voltage_kV: Positive = Field(description="beam voltage, kV")
     semi_angle_mrad: Positive = Field(description="convergence semi-angle, mrad")
     detector_mrad: tuple[NonNegative, Positive] = Field(description="inner and outer angle of the detector, mrad")
@@ -129,18 +129,11 @@ def _load(path: Path) -> Mapping[str, NDArray[np.generic]]:
 
 def _made_tables(optics: Optics) -> Mapping[str, NDArray[np.generic]]:
     """Tables for other optics, computed with abTEM (a minute) once and kept by a hash of what they depend on."""
-    from .single_atoms import content_key, write_tables
+    from .single_atoms import content_key, tables_of, write_tables
 
     settings = ((optics.voltage_kV, optics.semi_angle_mrad),)
     path = cache_folder() / f"single_atoms_{content_key(settings)}.npz"
-    if not path.is_file():
-        write_tables(path, settings)
-    return _load(path)
-
-
-def cache_folder() -> Path:
-    """Where what took long is kept: ``$XDG_CACHE_HOME/aecontrol``, by default ``~/.cache/aecontrol``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aecontrol"
+    return kept(path, _load, lambda: tables_of(settings), write_tables)
 
 
 def _reach_mrad() -> float:
@@ -228,7 +221,8 @@ def _calibrated(optics: Optics, annulus: Annulus, calibration: Calibration) -> O
             f"the calibration is for {made_for} (kV, mrad, detector mrad), not {asked_for}",
             "calibrate with the optics and the detector that are used",
         )
-    amplitudes = np.full((max(SYMBOLS) + 1, 1), np.nan)
+    single = objects(optics, annulus)  # for elements that the fitted place did not hold
+    amplitudes = single.amplitudes_A2.sum(axis=1, keepdims=True)
     for symbol, weight in calibration.weights_A2.items():
         amplitudes[NUMBERS[symbol]] = weight
     return Objects(amplitudes, np.array([calibration.width_A]), calibration.background, True, "calibrated")

@@ -15,11 +15,11 @@ from aecontrol.image_sets import ImageSet, Progress
 from aecontrol.types import Count, Model, NonNegative, Positive, PositiveInt, ScanRegion
 from aecontrol.units import angstrom_to_nm, fluence_e_per_A2
 
+from .cache import cache_folder
 from .column import SimulatedColumn
 from .materials import assumptions
 from .render import Images
 from .scan import nominal_positions_nm
-from .scattering import cache_folder
 from .setup import ColumnSetup
 from .specimens import Specimen
 from .streams import stream

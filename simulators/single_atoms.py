@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,37 +92,33 @@ def _edges(settings: Settings) -> Array:
     return np.unique(np.append(EDGES_MRAD, discs))
 
 
-def write_tables(path: Path, settings: Settings = SETTINGS) -> None:
-    """Compute the tables of every element for each of ``settings`` (kV, mrad) and write them to ``path`` (npz).
-
-    Raises BadInput without abTEM.
-    """
+def tables_of(settings: Settings = SETTINGS) -> dict[str, NDArray[np.generic]]:
+    """The tables of every element for each of ``settings`` (kV, mrad), ready to be written. Raises BadInput without
+    abTEM."""
     require_abtem()
     import abtem
 
     numbers, edges = sorted(NUMBERS.values()), _edges(settings)
-    tables = {
-        f"{kv:g}kV_{mrad:g}mrad": single_atom_tables(kv, mrad, numbers, edges_mrad=edges) for kv, mrad in settings
-    }
     about = {
         "what": "fraction of the beam inside edges_mrad, [element, radius, edge]; one static atom, no source",
-        "command": f"python -m simulators.multislice tables --out {path.name}",
+        "command": "python -m simulators.multislice tables --out FILE",
         "abtem": abtem.__version__,
         "potential": "Lobato, one slice, summed in Fourier space",
         "box_A": BOX_A,
         "potential_reaches_mrad": OVERSAMPLING * float(EDGES_MRAD[-1]),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.npz")  # whole or absent, whoever else is at it
-    np.savez_compressed(
-        partial,
-        numbers=np.array(numbers),
-        radii_A=RADII_A,
-        edges_mrad=edges,
-        about=np.array(json.dumps(about)),
-        **tables,  # type: ignore[arg-type]  # numpy's stub takes the last keyword for every array
-    )
-    partial.replace(path)
+    return {
+        "numbers": np.array(numbers),
+        "radii_A": RADII_A,
+        "edges_mrad": edges,
+        "about": np.array(json.dumps(about)),
+        **{f"{kv:g}kV_{mrad:g}mrad": single_atom_tables(kv, mrad, numbers, edges_mrad=edges) for kv, mrad in settings},
+    }
+
+
+def write_tables(path: Path, tables: Mapping[str, NDArray[np.generic]]) -> None:
+    """Write ``tables`` to ``path`` (npz)."""
+    np.savez_compressed(path, **tables)  # type: ignore[arg-type]  # numpy's stub takes them for its own keyword
 
 
 def _probes(radii_A: Array, cutoff: float, pixels: int, box_A: float) -> NDArray[np.float32]:
