@@ -88,10 +88,10 @@ class ScanSimulation(ColumnSetup):
         region = self.view.region(column.field_nm)
         seen, ideal, alive, electrons = [], [], [], []
         for frame in range(self.frames):
-            alive.append(column.snapshot().alive)
-            before = column.meter
             if frame:
                 column.idle(self.interval_s)
+            alive.append(column.snapshot().alive)
+            before = column.meter
             images, noisy = self._frame(column, frame, region)
             ideal.append(images)
             seen.append(noisy)
