@@ -19,7 +19,8 @@ from aecontrol.errors import BadInput
 from aecontrol.types import Model, NonNegative, Positive
 from aecontrol.units import angstrom_to_nm, nm_to_angstrom
 
-from .optics import wavelength_A
+from .optics import Optics, wavelength_A
+from .optics import aberration_phase as phase_at
 from .streams import stream
 
 Array = NDArray[np.float64]
@@ -73,13 +74,14 @@ def scherzer_c1_nm(voltage_kV: float, c3_um: float) -> float:
 
 def aberration_phase(optics: HrtemOptics, kx: Array, ky: Array, c1_nm: float | None = None) -> Array:
     """chi in rad at the frequency (kx, ky), 1/angstrom: 2 pi / lambda times (C1 and A1, then C3) of the angle."""
-    wavelength = optics.wavelength_A
-    squared = wavelength**2 * (kx**2 + ky**2)
-    azimuth = np.arctan2(ky, kx)
-    c1 = nm_to_angstrom(optics.c1_nm if c1_nm is None else c1_nm)
-    two_fold = c1 + nm_to_angstrom(optics.a1_nm) * np.cos(2.0 * (azimuth - math.radians(optics.a1_deg)))
-    path = 0.5 * squared * two_fold + 0.25 * optics.c3_um * 1e4 * squared**2
-    return np.asarray(2.0 * math.pi / wavelength * path)
+    lens = Optics(
+        voltage_kV=optics.voltage_kV,
+        c1_nm=optics.c1_nm if c1_nm is None else c1_nm,
+        a1_nm=optics.a1_nm,
+        a1_deg=optics.a1_deg,
+        c3_um=optics.c3_um,
+    )
+    return phase_at(lens, optics.wavelength_A * np.hypot(kx, ky), np.arctan2(ky, kx))
 
 
 def spatial_envelope(optics: HrtemOptics, k: Array, c1_nm: float | None = None) -> Array:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from aecontrol.aftermath import _oracle, _recall_table
+from aecontrol.aftermath import _oracle, _recall_table, beam_damage
 from aecontrol.dose import bound_charge
 from aecontrol.machine import State, candidate_grid
-from aecontrol.protocols import Truth
-from aecontrol.types import Budget, Plan, ScanPlan
+from aecontrol.protocols import Change, Truth
+from aecontrol.types import Atom, Budget, Plan, ScanPlan
 
 from .parts import CAPABILITIES
 
@@ -50,3 +52,17 @@ def test_candidates_cover_the_field_to_its_far_edge(side):
     grid = candidate_grid(plan, (6.5, 4.3))
     assert max(r.center_nm[side] + 1.0 for r in grid) == pytest.approx((6.5, 4.3)[side])
     assert min(r.center_nm[side] - 1.0 for r in grid) == pytest.approx(0.0)
+
+
+def test_finds_that_the_beam_made_are_counted_apart():
+    there = np.array([[1.0, 1.0], [5.0, 5.0]])
+    changes = (
+        Change((2.0, 2.0), "removed", 1e3, 0.1),
+        Change((3.0, 3.0), "displaced", 1e3, 0.2),
+        Change((8.0, 8.0), "removed", 1e3, 0.3),
+    )
+    finds = [Atom(x_nm=at, y_nm=at, label="S1", confidence=1.0) for at in (1.0, 2.0, 3.0, 7.0)]
+    state = SimpleNamespace(found=lambda: finds, plan=SimpleNamespace(match_nm=0.1))
+    known = Truth(there, ("S1", "S1"), 10, atoms=np.zeros((1, 2)), changes=changes)
+    assert beam_damage(state, known) == {"displaced": 1, "removed": 2, "finds": 2}
+    assert beam_damage(state, Truth(there, ("S1", "S1"))) is None

@@ -73,6 +73,10 @@ scans = st.builds(
 @example(  # four lines span 1.002 nm: 2 pm of jitter put them into one tile
     ScanRegion(center_nm=(100, 100), fov_nm=(10, 36 * 0.334), shape=(36, 50), dwell_time_s=1e-6), ScanModel(), (0, 0), 0
 )
+@example(  # what the flyback leaves over crowds the first pixels of every line into half their width
+    ScanRegion(center_nm=(100, 100), fov_nm=(10, 10), shape=(100, 100), dwell_time_s=1e-6),
+    ScanModel(swing_nm=0.5, line_jitter_nm=0.0), (0, 0), 0,
+)  # fmt: skip
 def test_no_tile_gets_more_than_its_bound_wherever_the_beam_really_goes(region, scan, shift, seed):
     rate = electrons_per_second(10.0)
     path = scan.beam_path(region, scan.positions_nm(region, 0.0, seed, 0), 0.0, rate)

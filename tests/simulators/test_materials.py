@@ -99,3 +99,10 @@ def test_barriers_slow_healing_and_hops_as_arrhenius():
     ratio = slow.hop_rate(320.0) / slow.hop_rate(300.0)
     assert math.log(ratio) == pytest.approx((1 / 300 - 1 / 320) / 8.617333262e-5)
     assert any("hops" in line and line.endswith("[A]") for line in assumptions(Damage(migration=slow)))
+
+
+def test_assumptions_of_a_specimen_name_its_elements_only_and_those_that_are_spared():
+    lines = assumptions(Damage(), ("S", "Mo"))
+    assert any(line.startswith("S: displacement threshold") for line in lines)
+    assert not any(line.startswith("C") for line in lines)
+    assert lines[-1] == "Mo: no damage is modelled"
