@@ -32,17 +32,17 @@ def require_abtem() -> None:
         ) from None
 
 
-def fast_size(at_least: float) -> int:
-    """The next multiple of 4 with no prime factor above 7: other sizes are several times slower to transform."""
-    size = 4 * math.ceil(at_least / 4.0)
+def fast_size(at_least: float, multiple: int = 4, primes: tuple[int, ...] = (2, 3, 5, 7)) -> int:
+    """The next multiple of ``multiple`` with no other prime factors: other sizes transform several times slower."""
+    size = multiple * math.ceil(at_least / multiple)
     while True:
         rest = size
-        for prime in (2, 3, 5, 7):
+        for prime in primes:
             while rest % prime == 0:
                 rest //= prime
         if rest == 1:
             return size
-        size += 4
+        size += multiple
 
 
 def projected_potential(

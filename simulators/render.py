@@ -25,6 +25,7 @@ from aecontrol.units import nm_to_angstrom
 
 from .elements import check_numbers
 from .optics import Optics, transfer
+from .potential import fast_size
 from .scattering import (
     LINEAR_THICKNESS_NM,
     MIN_INNER_OVER_SEMI_ANGLE,
@@ -198,7 +199,7 @@ class Renderer:
             return {name: np.zeros(len(probe), dtype=np.float32) for name in self.detectors}
         origin = low - self.margin_A
         extent = np.ceil((high - low) / (4.0 * self.grid_A)) * 4 + math.ceil(2.0 * self.margin_A / self.grid_A) + 4
-        rows, cols = (smooth_size(int(side)) for side in extent[::-1])
+        rows, cols = (fast_size(side, 2, (2, 3, 5)) for side in extent[::-1])
         if rows * cols > MAX_GRID_POINTS and len(probe) > 1:
             parts = [self._upright(atoms, numbers, rms_u_A, half, rotation_rad) for half in np.array_split(probe, 2)]
             return {name: np.concatenate([part[name] for part in parts]) for name in self.detectors}
@@ -320,19 +321,6 @@ def _band_limit(optics: Optics) -> float:
     order = np.argsort(radius)
     beyond = 1.0 - np.cumsum(np.abs(otf).ravel()[order]) / np.abs(otf).sum()
     return float(radius[order][np.argmax(beyond <= FORGOTTEN)])
-
-
-def smooth_size(extent: int) -> int:
-    """The next even size with no prime factor over 5, and few of them 5: quick to transform."""
-    size = extent + extent % 2
-    while True:
-        rest = size
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return size
-        size += 2
 
 
 def bell(x: Array) -> Array:
