@@ -178,9 +178,11 @@ def over_limits(region: ScanRegion, capabilities: Capabilities) -> str | None:
         return f"dwell time {region.dwell_time_s:g} s is outside {low:g}..{high:g} s"
     if region.pixels > capabilities.max_pixels:
         return f"{region.pixels} pixels are more than the largest frame, {capabilities.max_pixels}"
-    if capabilities.pixel_size_nm is not None and (reason := off_grid(region, capabilities.pixel_size_nm)):
+    if region.signal == "spectra" and capabilities.spectra is None:
+        return "this instrument records no spectra"
+    if capabilities.pixel_size_nm is not None and (reason := off_grid(region.sent, capabilities.pixel_size_nm)):
         return reason
-    return outside_field(region, capabilities.field_nm)
+    return outside_field(region.sent, capabilities.field_nm)
 
 
 def over_budget(

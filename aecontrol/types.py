@@ -37,6 +37,18 @@ class ScanRegion(Model):
     rotation_rad: float = Field(0.0, description="turn of the fast axis from +x towards +y, rad")
     shape: tuple[PositiveInt, PositiveInt] = Field(description="(rows, columns)")
     dwell_time_s: Positive = Field(description="dwell time per pixel, s")
+    signal: Literal["images", "spectra"] = Field(
+        "images", description="what is recorded: a number per pixel and detector, or a whole spectrum per pixel"
+    )
+    shift_nm: tuple[float, float] = Field(
+        (0.0, 0.0), description="how far drift and stage have moved the specimen in the instrument's field"
+    )
+
+    @property
+    def sent(self) -> ScanRegion:
+        """The region in the instrument's own field: where the beam has to be sent to meet the specimen."""
+        center = (self.center_nm[0] + self.shift_nm[0], self.center_nm[1] + self.shift_nm[1])
+        return self.model_copy(update={"center_nm": center, "shift_nm": (0.0, 0.0)})
 
     @property
     def pixels(self) -> int:
@@ -87,6 +99,15 @@ class Budget(Model):
     seconds: Positive | None = None
 
 
+class SpectrumAxis(Model):
+    """Energy axis of the spectra that an instrument records; ``channel`` names their array [rows, cols, size]."""
+
+    channel: str = "EELS"
+    size: PositiveInt = Field(description="number of energy channels")
+    offset_eV: float = Field(description="energy loss of the first channel, eV")
+    scale_eV: Positive = Field(description="width of a channel, eV")
+
+
 class Capabilities(Model):
     """What an instrument says of itself; the controller computes every upper bound from it."""
 
@@ -106,6 +127,11 @@ class Capabilities(Model):
     dwell_time_range_s: tuple[Positive, Positive] = Field((1e-8, 1.0), description="shortest and longest dwell, s")
     max_pixels: PositiveInt = Field(4096 * 4096, description="largest frame")
     pixel_size_nm: Positive | None = Field(None, description="a record's own pixel; null when any size can be scanned")
+    spectra: SpectrumAxis | None = Field(None, description="null when no spectra can be recorded")
+    stage_range_nm: Positive | None = Field(
+        None, description="farthest that the stage may be moved from where it was, along x or y; null: no stage"
+    )
+    blanker: bool = Field(True, description="False when the beam cannot be blanked and must be parked instead")
     notes: tuple[str, ...] = Field(
         (), description="what a reader of the results must know, e.g. assumptions of a model"
     )
@@ -118,6 +144,18 @@ class ArrayRef(Model):
     shape: tuple[Count, ...]
     dtype: str
     sha256: Sha256 = Field(description="of the file's bytes")
+
+
+class InstrumentState(Model):
+    """What an instrument says of itself at one moment."""
+
+    beam_on: bool = Field(description="True while electrons can reach the specimen")
+    clock_s: NonNegative = Field(description="instrument clock, s")
+    stage_nm: tuple[float, float] = Field((0.0, 0.0), description="how far the stage has moved the field, nm")
+    parked_nm: tuple[float, float] | None = Field(None, description="where the beam rests between scans, if anywhere")
+    beam_current_pA: Positive | None = Field(None, description="probe current now, where it can be measured")
+    electrons: Count | None = Field(None, description="delivered so far by an independent meter, where there is one")
+    interlock: str = Field("", description="why the beam must stay off (vacuum, high voltage, stage moving); or empty")
 
 
 class Frame(Model):

@@ -17,7 +17,8 @@ from aecontrol.exposure import Outcome
 from aecontrol.protocols import FrameData
 from aecontrol.types import Capabilities, Charge, ScanRegion
 
-from .instrument import Column, Pulse
+from .backend import Pulse
+from .instrument import Column
 
 ColumnFault = Literal["nan", "constant", "saturated", "break", "crash"]
 CallFault = Literal["before", "after"]

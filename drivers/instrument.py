@@ -34,35 +34,9 @@ from aecontrol.journal import Journal
 from aecontrol.protocols import Change, FrameData, Truth
 from aecontrol.types import Capabilities, Charge, ScanRegion
 
+from .backend import Pulse
+
 log = logging.getLogger(__name__)
-
-
-class Pulse(Protocol):
-    """What one hardware-timed exposure delivered."""
-
-    @property
-    def channels(self) -> Mapping[str, NDArray[np.generic]]:
-        """Detector channel -> [rows, cols] array."""
-
-    @property
-    def electrons(self) -> int | None:
-        """Electrons that left the gun towards the specimen; None when a record does not say."""
-
-    @property
-    def pixels(self) -> int:
-        """Pixels exposed (of a record: revealed for the first time)."""
-
-    @property
-    def seconds(self) -> float:
-        """Duration, s."""
-
-    @property
-    def started_s(self) -> float:
-        """Column clock at the first pixel, s."""
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """What the detector says is wrong with the frame."""
 
 
 class Column(Protocol):
@@ -123,7 +97,7 @@ class Instrument:
         for ordinal, key in enumerate(self._ledger.fired):
             region = self._ledger.entries[key].region
             assert region is not None
-            column.absorb(ordinal, region)
+            column.absorb(ordinal, region.sent)
         if not records:
             self._write(LedgerRecord(kind="OPEN", reason=capabilities.identity))
 
@@ -225,7 +199,7 @@ class Instrument:
     def _fire(self, key: str, region: ScanRegion) -> None:
         ordinal = len(self._ledger.fired) - 1
         try:
-            pulse = self._column.fire(ordinal, region)
+            pulse = self._column.fire(ordinal, region.sent)
             measured = Charge(electrons=pulse.electrons, pixels=pulse.pixels, seconds=pulse.seconds)
             digests = self._spool_frame(key, pulse)
         except (AecontrolError, OSError, ValueError, RuntimeError, MemoryError) as error:
