@@ -7,15 +7,14 @@ dropped: in a dose ledger a dropped record is a forgotten exposure, so opening r
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from aecontrol.chain import GENESIS, chain_hash
 from aecontrol.durable import sync_folder
 from aecontrol.errors import StorageFault
 
-GENESIS = "0" * 64
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS journal (
     seq INTEGER PRIMARY KEY CHECK (seq > 0),
@@ -24,11 +23,6 @@ CREATE TABLE IF NOT EXISTS journal (
     body TEXT NOT NULL
 ) STRICT
 """
-
-
-def chain_hash(prev: str, body: str) -> str:
-    """Hash of a record: sha256 of its predecessor's hash and its own text."""
-    return hashlib.sha256(f"{prev}\n{body}".encode()).hexdigest()
 
 
 def read_journal(path: Path) -> Iterator[str]:

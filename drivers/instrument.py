@@ -207,7 +207,7 @@ class Instrument:
             self._write(LedgerRecord(kind="INDET", key=key, reason=f"the pulse broke off: {error}"))
             log.error("shot %s broke off: %s", key[:12], error)
             return
-        for record in on_fired(self._ledger, key, measured, digests):
+        for record in on_fired(self._ledger, key, measured, digests, self._limits):
             self._write(record)
 
     def _reserve_spool(self, key: str, region: ScanRegion, firing: LedgerRecord) -> LedgerRecord:

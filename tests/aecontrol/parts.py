@@ -77,7 +77,9 @@ class CountingColumn:
             delivered += line
         self.on_line()
         image = rng.poisson(5.0, region.shape).astype(np.float32)
-        return Pulse({"HAADF": image}, delivered, region.pixels, rows * cols * region.dwell_time_s)
+        return Pulse(
+            {"HAADF": image}, delivered, region.pixels, rows * (cols * region.dwell_time_s + CAPABILITIES.flyback_s)
+        )
 
     def _deposit(self, region: ScanRegion, row: int, electrons: int) -> None:
         self.meter += electrons

@@ -1,110 +1,32 @@
-"""The exposure protocol: both halves as pure state machines, no clock, no disk, no beam.
-
-The controller's half (C) and the instrument's half (S) each keep a ledger of keys::
-
-    C:  RESERVED ------------------------------> POST(m) | VOID | INDET(r)
-    S:  (absent) -> FIRING(r) -> POST(m)         normal
-                 -> VOID                         refused by an interlock, or CANCEL tombstone
-        FIRING(r) found at start-up -> INDET(r)  charged in full, never fired again
-
-In process the two halves meet through :class:`~aecontrol.protocols.Microscope`; over a wire the same functions
-answer messages. A *shell* makes each returned record durable before it acts on the next.
-"""
+"""The instrument's ledger (S of the protocol): a fold of durable records, and what must be written before what."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from aecontrol.dose import TileMap, Totals, over_budget, over_limits
 from aecontrol.errors import InstrumentFault
-from aecontrol.types import Budget, Capabilities, Charge, Model, ScanRegion, Sha256
+from aecontrol.types import Capabilities, Charge, Count, Model, ScanRegion, Sha256
 
-KeyState = Literal["RESERVED", "POST", "VOID", "INDET"]
-
-
-class Outcome(Model):
-    """What became of a key. Terminal; a timeout is not an outcome.
-
-    POST: fired, ``measured`` is what was delivered. VOID: never fired and never will be. INDET: it may have fired;
-    charged at its bound. ``digests`` (sha256 of each channel's .npy bytes) is empty when there is no frame.
-    """
-
-    key: Sha256
-    state: Literal["POST", "VOID", "INDET"]
-    measured: Charge | None = None
-    digests: dict[str, Sha256] = {}
-    reason: str = ""
-
-
-def make_key(session: str, intent: int, attempt: int, region: ScanRegion, bound: Charge) -> str:
-    """Identity of one exposure attempt: sha256 of session, intent, attempt and command."""
-    text = f"{session}\n{intent}\n{attempt}\n{command_digest(region, bound)}"
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def command_digest(region: ScanRegion, bound: Charge) -> str:
-    """Digest of what is asked for, to notice one key used for two different commands."""
-    return hashlib.sha256(f"{region.model_dump_json()}\n{bound.model_dump_json()}".encode()).hexdigest()
-
-
-# ---------------------------------------------------------------- C: the controller's half
-
-
-class KeyRecord(Model):
-    """One key in the controller's ledger."""
-
-    key: Sha256
-    step: int
-    attempt: int
-    region: ScanRegion
-    bound: Charge
-    state: KeyState = "RESERVED"
-    measured: Charge | None = None
-    digests: dict[str, Sha256] = {}
-
-    @property
-    def charge(self) -> Charge:
-        """What this key counts: its bound while unknown, the measured charge once posted, nothing when void."""
-        if self.state == "POST" and self.measured is not None:
-            return self.measured
-        if self.state == "VOID":
-            return Charge(electrons=None if self.bound.electrons is None else 0, pixels=0, seconds=0.0)
-        return self.bound
-
-    @property
-    def overrun(self) -> bool:
-        """True when more was delivered than the bound allowed: the session must latch."""
-        m, r = self.measured, self.bound
-        return m is not None and ((m.electrons or 0) > (r.electrons or 0) or m.pixels > r.pixels)
-
-
-def settle(record: KeyRecord, outcome: Outcome) -> KeyRecord:
-    """The controller's record after the instrument's answer. Raises InstrumentFault when the answer contradicts what
-    was settled before, or belongs to another key: then nobody knows what the beam did."""
-    if outcome.key != record.key:
-        raise InstrumentFault(f"asked for key {record.key[:12]}, the answer is for {outcome.key[:12]}")
-    if outcome.state == "POST" and outcome.measured is None:
-        raise InstrumentFault(f"key {record.key[:12]} was posted without a measured charge")
-    after = record.model_copy(update={"state": outcome.state, "measured": outcome.measured, "digests": outcome.digests})
-    if record.state != "RESERVED" and after != record:
-        raise InstrumentFault(
-            f"key {record.key[:12]} was settled as {record.state}, now the instrument says {outcome.state}",
-            "compare both ledgers by hand before exposing again",
-        )
-    return after
-
-
-# ---------------------------------------------------------------- S: the instrument's half
+from .interlocks import InterlockLimits, dose_disagreement, over_shot_limits
+from .keys import Outcome, command_digest
 
 
 class LedgerRecord(Model):
-    """One durable line of the instrument's ledger."""
+    """One durable line of the instrument's ledger.
 
-    kind: Literal["OPEN", "FIRING", "POST", "VOID", "INDET", "LATCH"]
+    OPEN (``reason``: the instrument's identity), EPOCH (who holds the lease from here on), FIRING, POST, VOID, INDET (a
+    key's life), STAGE (where the stage is sent), LATCH and CLEAR (``reason``: why, and who says that it is mended).
+    """
+
+    kind: Literal["OPEN", "EPOCH", "FIRING", "POST", "VOID", "INDET", "STAGE", "LATCH", "CLEAR"]
     key: Sha256 | None = None
+    session: str = ""
+    holder: str = ""
+    epoch: Count = 0
+    stage_nm: tuple[float, float] | None = None
     command: Sha256 | None = None
     region: ScanRegion | None = None
     bound: Charge | None = None
@@ -119,6 +41,7 @@ class Entry:
 
     state: Literal["FIRING", "POST", "VOID", "INDET"]
     command: str | None = None
+    session: str = ""
     region: ScanRegion | None = None
     bound: Charge | None = None
     measured: Charge | None = None
@@ -143,6 +66,8 @@ class Ledger:
     charged: Totals
     tiles: TileMap
     latched: str = ""
+    epoch: int = 0
+    stage_nm: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
     def empty(cls, capabilities: Capabilities) -> Ledger:
@@ -150,25 +75,30 @@ class Ledger:
         return cls(capabilities, {}, (), Totals(), TileMap.of(capabilities))
 
 
-class InterlockLimits(Model):
-    """Limits owned by the instrument; the controller can neither read them away nor raise them."""
-
-    budget: Budget = Budget()
-
-
 def absorb(ledger: Ledger, record: LedgerRecord) -> Ledger:
     """The ledger after one more record."""
-    if record.kind == "OPEN":
-        return ledger
-    if record.kind == "LATCH":
-        return replace(ledger, latched=record.reason)
+    match record.kind:
+        case "OPEN":
+            return ledger
+        case "EPOCH":
+            return replace(ledger, epoch=record.epoch)
+        case "STAGE":
+            return replace(ledger, stage_nm=record.stage_nm or (0.0, 0.0))
+        case "LATCH" | "CLEAR":
+            return replace(ledger, latched=record.reason if record.kind == "LATCH" else "")
+        case _:
+            return _absorb_key(ledger, record)
+
+
+def _absorb_key(ledger: Ledger, record: LedgerRecord) -> Ledger:
     key = record.key
     assert key is not None
     before = ledger.entries.get(key)
     if record.kind in ("FIRING", "VOID"):
-        entry = Entry(record.kind, record.command, record.region, record.bound, reason=record.reason)
+        entry = Entry(record.kind, record.command, record.session, record.region, record.bound, reason=record.reason)
     else:
         assert before is not None
+        assert record.kind in ("POST", "INDET")
         entry = replace(
             before, state=record.kind, measured=record.measured, digests=record.digests, reason=record.reason
         )
@@ -195,10 +125,17 @@ def _charged(entries: Mapping[str, Entry]) -> Totals:
 
 
 def on_expose(
-    ledger: Ledger, key: str, region: ScanRegion, bound: Charge, limits: InterlockLimits
+    ledger: Ledger,
+    key: str,
+    region: ScanRegion,
+    bound: Charge,
+    limits: InterlockLimits,
+    refusal: str | None = None,
+    session: str = "",
 ) -> LedgerRecord | None:
     """What S must write before it does anything about EXPOSE: FIRING (then fire), VOID (refused) or LATCH (one key for
-    two commands); None when the key is known and its recorded outcome is the answer."""
+    two commands); None when the key is known and its recorded outcome is the answer. ``refusal``: why the shell must
+    refuse a new key, whatever the ledger says."""
     command = command_digest(region, bound)
     known = ledger.entries.get(key)
     if known is not None:
@@ -206,20 +143,26 @@ def on_expose(
             return LedgerRecord(kind="LATCH", reason=f"KEY_REUSE: key {key[:12]} came with two different commands")
         return None
     refusal = (
-        ledger.latched
+        refusal
+        or ledger.latched
         or over_limits(region, ledger.capabilities)
+        or over_shot_limits(region, bound, ledger.capabilities, limits, ledger.stage_nm)
         or over_budget(region, bound, limits.budget, ledger.charged, ledger.tiles)
     )
-    if refusal:
-        return LedgerRecord(kind="VOID", key=key, command=command, region=region, bound=bound, reason=refusal)
-    return LedgerRecord(kind="FIRING", key=key, command=command, region=region, bound=bound)
+    kind: Literal["VOID", "FIRING"] = "VOID" if refusal else "FIRING"
+    return LedgerRecord(
+        kind=kind, key=key, command=command, session=session, region=region, bound=bound, reason=refusal or ""
+    )
 
 
-def on_fired(ledger: Ledger, key: str, measured: Charge, digests: Mapping[str, str]) -> list[LedgerRecord]:
+def on_fired(
+    ledger: Ledger, key: str, measured: Charge, digests: Mapping[str, str], limits: InterlockLimits
+) -> list[LedgerRecord]:
     """What S must write once the beam is blanked and the frame is in the spool: POST with the measured charge in full,
-    and a LATCH when that is more than the bound."""
+    and a LATCH when that is more than the bound, or not what the declared current delivers in that time."""
     entry = ledger.entries[key]
     assert entry.bound is not None
+    assert entry.region is not None
     records = [LedgerRecord(kind="POST", key=key, measured=measured, digests=dict(digests))]
     if (measured.electrons or 0) > (entry.bound.electrons or 0) or measured.pixels > entry.bound.pixels:
         records.append(
@@ -229,6 +172,8 @@ def on_fired(ledger: Ledger, key: str, measured: Charge, digests: Mapping[str, s
                 f"{measured.pixels} pixels; its bound was {entry.bound.electrons}, {entry.bound.pixels}",
             )
         )
+    elif doubt := dose_disagreement(entry.region, measured, ledger.capabilities, limits):
+        records.append(LedgerRecord(kind="LATCH", reason=f"DOSE_DISAGREEMENT: key {key[:12]}: {doubt}"))
     return records
 
 
