@@ -221,7 +221,7 @@ class Client:
                 raise InstrumentFault(f"{self._link.address} has been firing for {self._patience_s:g} s", "look at it")
 
     def _acquire(self) -> bool:
-        known = {"seq": self._mirror.seq, "head": self._mirror.head}
+        known: dict[str, Any] = {"seq": self._mirror.seq, "head": self._mirror.head}
         reply = self._ask(m.Acquire, ASK_S, session=self._session, **known)
         if isinstance(reply, m.Granted):
             self._epoch = reply.epoch
