@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +12,9 @@ from pydantic import Field, model_validator
 from aecontrol.errors import BadInput
 from aecontrol.protocols import Microscope, Perceiver, Policy
 from aecontrol.registry import GROUPS, build_part, kinds, part_class, validate
+from aecontrol.toml_file import read_toml
 from aecontrol.types import Budget, Count, Model, NonNegative, OverviewPlan, Plan, Positive, ScanPlan, StopRules
 
-MAX_CONFIG_BYTES = 1 << 20
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -97,20 +96,6 @@ class SessionConfig:
             learn_patches=t.session.learn_patches,
             match_nm=t.session.match_nm,
         )
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as a table. Raises BadInput when it is missing, too large, or not TOML."""
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise BadInput(f"{path} is larger than {MAX_CONFIG_BYTES} bytes", "a configuration is a short text")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path} does not exist", "give the path of a TOML file; configs/ has examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise BadInput(f"{path} is not valid TOML: {error}") from error
 
 
 def parse(raw: Mapping[str, Any], base: Path) -> SessionConfig:

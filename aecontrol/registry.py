@@ -20,6 +20,7 @@ M = TypeVar("M", bound=Model)
 
 GROUPS = {
     "driver": "aecontrol.drivers",
+    "backend": "aecontrol.backends",
     "specimen": "aecontrol.specimens",
     "policy": "aecontrol.policies",
     "perceiver": "aecontrol.perceivers",
@@ -34,7 +35,7 @@ def _points(role: str) -> Mapping[str, EntryPoint]:
 
 
 def kinds(role: str) -> tuple[str, ...]:
-    """Names of all installed parts of a role ('driver', 'specimen', 'policy', 'perceiver', 'scenes', 'simulation')."""
+    """Names of all installed parts of a role, one of GROUPS."""
     return tuple(_points(role))
 
 

@@ -7,10 +7,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-from aecontrol.config import read_toml
 from aecontrol.errors import BadInput
 from aecontrol.image_sets import ImageSet, Progress, Simulation, check_target, write_image_set
 from aecontrol.registry import build_part, kinds, part_class
+from aecontrol.toml_file import read_toml
 
 GALLERY_FOV_NM = 8.0
 GALLERY_SHAPE = (512, 512)

@@ -6,9 +6,7 @@ beam, the frame in the spool before POST. A column is only ever asked to fire; i
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -16,7 +14,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from aecontrol.durable import load_npy, npy_bytes, sha256_hex, write_durable
 from aecontrol.errors import AecontrolError, InstrumentFault, StorageFault
 from aecontrol.exposure import (
     InterlockLimits,
@@ -35,6 +32,7 @@ from aecontrol.protocols import Change, FrameData, Truth
 from aecontrol.types import Capabilities, Charge, ScanRegion
 
 from .backend import Pulse
+from .spool import Spool, frame_bytes, spooled_channels
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +78,7 @@ class Instrument:
 
     def __init__(self, column: Column, capabilities: Capabilities, limits: InterlockLimits, folder: Path) -> None:
         self._column, self._capabilities, self._limits = column, capabilities, limits
-        self._spool = folder / "spool"
-        self._spool.mkdir(parents=True, exist_ok=True)
+        self._spool = Spool(folder / "spool", spooled_channels(capabilities))
         self._journal = Journal(folder / "ledger.sqlite")
         self._ledger = Ledger.empty(capabilities)
         records = [LedgerRecord.model_validate_json(body) for body in self._journal.bodies]
@@ -92,7 +89,8 @@ class Instrument:
             )
         for record in records:
             self._ledger = absorb(self._ledger, record)
-        for record in list(on_boot(self._ledger, self._spooled())):
+        firing = [key for key, entry in self._ledger.entries.items() if entry.state == "FIRING"]
+        for record in list(on_boot(self._ledger, self._spool.complete(firing))):
             self._write(record)
         for ordinal, key in enumerate(self._ledger.fired):
             region = self._ledger.entries[key].region
@@ -132,12 +130,7 @@ class Instrument:
         entry = self._ledger.entries.get(key)
         if entry is None or not entry.digests:
             raise InstrumentFault(f"there is no frame for key {key[:12]}")
-        try:
-            meta = json.loads(self._meta_path(key).read_bytes())
-        except (OSError, ValueError) as error:
-            raise InstrumentFault(f"the frame of {key[:12]} is no longer in the spool: {error}") from error
-        channels = {name: load_npy(self._channel_bytes(key, name, sha), name) for name, sha in entry.digests.items()}
-        flags = tuple(meta["flags"])
+        channels, started_s, flags = self._spool.read(key, entry.digests)
         measured = entry.measured
         if measured is None:
             flags = (*flags, "dose = upper bound")
@@ -145,14 +138,12 @@ class Instrument:
         assert measured is not None
         assert entry.region is not None
         electrons = None if measured.electrons is None else measured.electrons * self._dwell_share(entry.region)
-        return FrameData(channels, float(meta["started_s"]), electrons, flags)
+        return FrameData(channels, started_s, electrons, flags)
 
     def acknowledge(self, key: str) -> None:
         """Delete the spooled copy."""
         entry = self._ledger.entries.get(key)
-        for name in entry.digests if entry else ():
-            self._channel_path(key, name).unlink(missing_ok=True)
-        self._meta_path(key).unlink(missing_ok=True)
+        self._spool.delete(key, entry.digests if entry else ())
 
     def blank(self) -> None:
         """The beam of an in-process column is blanked whenever ``fire`` is not running."""
@@ -201,7 +192,7 @@ class Instrument:
         try:
             pulse = self._column.fire(ordinal, region.sent)
             measured = Charge(electrons=pulse.electrons, pixels=pulse.pixels, seconds=pulse.seconds)
-            digests = self._spool_frame(key, pulse)
+            digests = self._spool.write(key, pulse)
         except (AecontrolError, OSError, ValueError, RuntimeError, MemoryError) as error:
             # the beam has been on for nobody knows how long: charged at the bound, never fired again
             self._write(LedgerRecord(kind="INDET", key=key, reason=f"the pulse broke off: {error}"))
@@ -212,56 +203,8 @@ class Instrument:
 
     def _reserve_spool(self, key: str, region: ScanRegion, firing: LedgerRecord) -> LedgerRecord:
         """FIRING only with room for its frame on the disk: otherwise the beam would be spent on nothing."""
-        size = region.pixels * 8 * len(self._capabilities.channels) + 65536
-        path = self._spool / f"{key}.room"
         try:
-            with open(path, "wb") as handle:
-                os.posix_fallocate(handle.fileno(), 0, size)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            return firing.model_copy(update={"kind": "VOID", "reason": f"no room for the frame in the spool: {error}"})
-        path.unlink()
+            self._spool.reserve(key, frame_bytes(region, self._capabilities))
+        except StorageFault as error:
+            return firing.model_copy(update={"kind": "VOID", "reason": error.what})
         return firing
-
-    def _spool_frame(self, key: str, pulse: Pulse) -> dict[str, str]:
-        digests = {}
-        for name, array in pulse.channels.items():
-            data = npy_bytes(array)
-            write_durable(self._channel_path(key, name), data)
-            digests[name] = sha256_hex(data)
-        # written last: its presence says that every channel is complete
-        meta = {"digests": digests, "started_s": pulse.started_s, "flags": list(pulse.flags)}
-        write_durable(self._meta_path(key), json.dumps(meta).encode())
-        return digests
-
-    def _spooled(self) -> dict[str, dict[str, str]]:
-        """Digests of complete, intact frames of keys that were firing when the last process ended."""
-        frames = {}
-        for key, entry in self._ledger.entries.items():
-            path = self._meta_path(key)
-            if entry.state != "FIRING" or not path.is_file():
-                continue
-            try:
-                digests: dict[str, str] = json.loads(path.read_bytes())["digests"]
-                for name, sha in digests.items():
-                    self._channel_bytes(key, name, sha)
-            except (ValueError, KeyError, InstrumentFault, StorageFault) as error:
-                log.warning("the spooled frame of %s is not usable: %s", key[:12], error)
-                continue
-            frames[key] = digests
-        return frames
-
-    def _channel_bytes(self, key: str, name: str, sha: str) -> bytes:
-        try:
-            data = self._channel_path(key, name).read_bytes()
-        except OSError as error:
-            raise InstrumentFault(f"frame {key[:12]}, channel {name} is gone: {error}") from error
-        if sha256_hex(data) != sha:
-            raise InstrumentFault(f"frame {key[:12]}, channel {name} does not match its digest")
-        return data
-
-    def _channel_path(self, key: str, name: str) -> Path:
-        return self._spool / f"{key}.{self._capabilities.channels.index(name)}.npy"
-
-    def _meta_path(self, key: str) -> Path:
-        return self._spool / f"{key}.json"

@@ -37,6 +37,7 @@ class RecordedColumn:
 
     ``channels``: detector channel -> image [rows, cols], all of one shape. ``atoms_px`` [n, 2]: true atoms (x, y) in
     px from the image's corner, the centre of pixel [row, col] at (col + 1/2, row + 1/2); only the scorer sees them.
+    ``shape`` (rows, cols) and ``pixel_size_nm`` are the record's; ``clock_s`` advances by the dwell of revealed pixels.
     Raises BadInput when the channels or the pixel size cannot be a microscope image.
     """
 
@@ -54,18 +55,18 @@ class RecordedColumn:
         if not (np.isfinite(pixel_size_nm) and pixel_size_nm > 0):
             raise BadInput(f"pixel size {pixel_size_nm} nm", "give the recorded pixel size, a positive number of nm")
         self._channels = dict(channels)
-        self._shape: tuple[int, int] = (shape[0], shape[1])
-        self._pixel_nm = float(pixel_size_nm)
-        self._atoms_nm = None if atoms_px is None else np.asarray(atoms_px, float).reshape(-1, 2) * self._pixel_nm
+        self.shape: tuple[int, int] = (shape[0], shape[1])
+        self.pixel_size_nm = float(pixel_size_nm)
+        self._atoms_nm = None if atoms_px is None else np.asarray(atoms_px, float).reshape(-1, 2) * self.pixel_size_nm
         self._atom_label = atom_label
-        self._revealed = np.zeros(self._shape, bool)
+        self._revealed = np.zeros(self.shape, bool)
         self._shots = 0
-        self._clock_s = 0.0
+        self.clock_s = 0.0
 
     @property
     def field_nm(self) -> tuple[float, float]:
         """Width and height of the record, nm."""
-        return self._shape[1] * self._pixel_nm, self._shape[0] * self._pixel_nm
+        return self.shape[1] * self.pixel_size_nm, self.shape[0] * self.pixel_size_nm
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -90,7 +91,7 @@ class RecordedColumn:
         where = self._slices(region)
         channels = {name: image[where].copy() for name, image in self._channels.items()}
         flags = () if all(np.isfinite(image).all() for image in channels.values()) else ("nan",)
-        return Pulse(channels, None, pixels, self._clock_s - started_s, started_s, flags)
+        return Pulse(channels, None, pixels, self.clock_s - started_s, started_s, flags)
 
     def absorb(self, ordinal: int, region: ScanRegion) -> None:
         """Count ``region`` as revealed by an earlier process, as the ``ordinal``-th shot. Raises as :meth:`fire`."""
@@ -105,10 +106,10 @@ class RecordedColumn:
     def _reveal(self, ordinal: int, region: ScanRegion) -> tuple[int, float]:
         if ordinal != self._shots:
             raise InstrumentFault(f"shot {ordinal} asked of a record that has seen {self._shots}", "shots go in order")
-        pixels, started_s = self.new_pixels(region), self._clock_s
+        pixels, started_s = self.new_pixels(region), self.clock_s
         self._revealed[self._slices(region)] = True
         self._shots += 1
-        self._clock_s += pixels * region.dwell_time_s
+        self.clock_s += pixels * region.dwell_time_s
         return pixels, started_s
 
     def _slices(self, region: ScanRegion) -> tuple[slice, slice]:
@@ -116,13 +117,13 @@ class RecordedColumn:
             raise RecordCannotAnswer(
                 f"a scan turned by {region.rotation_rad:g} rad, a record only holds 0", "set rotation_rad = 0"
             )
-        column = self._line(region, 0, "x", region.shape[1], self._shape[1])
-        row = self._line(region, 1, "y", region.shape[0], self._shape[0])
+        column = self._line(region, 0, "x", region.shape[1], self.shape[1])
+        row = self._line(region, 1, "y", region.shape[0], self.shape[0])
         return row, column
 
     def _line(self, region: ScanRegion, axis: int, name: str, count: int, available: int) -> slice:
         """The record's indices along one axis, or why there are none."""
-        fov, pixel = region.fov_nm[axis], self._pixel_nm
+        fov, pixel = region.fov_nm[axis], self.pixel_size_nm
         low = region.center_nm[axis] - fov / 2
         end = low + fov
         if low < -_ALIGNED_NM or end > available * pixel + _ALIGNED_NM:

@@ -12,34 +12,46 @@ from aecontrol.exposure import InterlockLimits
 from aecontrol.types import Capabilities, Model, Positive
 
 from .instrument import Instrument
+from .record import RecordedColumn
 
 
-class RecordedDriver(Model):
-    """[driver] kind = "recorded": one image file. Its dose is unknown, so budgets and charges are in pixels."""
+class RecordSetup(Model):
+    """Which image file is served. Its dose is unknown, so budgets and charges are in pixels."""
 
-    kind: Literal["recorded"] = "recorded"
     path: Path = Field(description="image file; a relative path starts at the configuration's folder")
     key: str | None = Field(None, description="which image of a file that holds several")
     pixel_size_nm: Positive | None = Field(None, description="pixel size, nm, where the file does not say")
-    limits: InterlockLimits = Field(InterlockLimits(), description="the instrument's own limits")
 
-    def build(self, folder: Path, base: Path, seed: int) -> Instrument:
-        """The record with its ledger in ``folder``. Raises BadInput when the file cannot be read or has no scale."""
+    def column(self, base: Path) -> RecordedColumn:
+        """The record. Raises BadInput when the file cannot be read or has no scale."""
         from aecontrol.files import read_image
-
-        from .record import RecordedColumn
 
         picture = read_image(base / self.path, self.key)
         pixel = self.pixel_size_nm or picture.pixel_size_nm
         if pixel is None:
             raise BadInput(f"{self.path} does not say its pixel size", "set driver.pixel_size_nm")
-        column = RecordedColumn({"HAADF": picture.array}, pixel, picture.labels)
-        capabilities = Capabilities(
-            identity=f"record {self.path.name} {picture.array.shape[0]}x{picture.array.shape[1]} at {pixel:g} nm",
+        return RecordedColumn({"HAADF": picture.array}, pixel, picture.labels)
+
+    def capabilities(self, column: RecordedColumn) -> Capabilities:
+        """What ``column``, built from these settings, is and can do."""
+        rows, cols = column.shape
+        return Capabilities(
+            identity=f"record {self.path.name} {rows}x{cols} at {column.pixel_size_nm:g} nm",
             simulated=False,
             unit="pixels",
             field_nm=column.field_nm,
             channels=column.channels,
-            pixel_size_nm=pixel,
+            pixel_size_nm=column.pixel_size_nm,
         )
-        return Instrument(column, capabilities, self.limits, folder)
+
+
+class RecordedDriver(RecordSetup):
+    """[driver] kind = "recorded": a record behind the instrument's half of the exposure protocol."""
+
+    kind: Literal["recorded"] = "recorded"
+    limits: InterlockLimits = Field(InterlockLimits(), description="the instrument's own limits")
+
+    def build(self, folder: Path, base: Path, seed: int) -> Instrument:
+        """The record with its ledger in ``folder``. Raises BadInput when the file cannot be read or has no scale."""
+        column = self.column(base)
+        return Instrument(column, self.capabilities(column), self.limits, folder)

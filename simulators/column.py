@@ -48,6 +48,10 @@ Paint = Callable[[Specimen, Array], Images]
 """Images of a specimen at probe positions [..., 2] nm, by channel."""
 
 
+class BeamStopped(Exception):
+    """Raised by a line block hook: the beam is blanked here, and the frame ends with this block."""
+
+
 class SpecimenConfig(Protocol):
     """The configuration of any specimen."""
 
@@ -59,8 +63,8 @@ class SpecimenConfig(Protocol):
 class Pulse:
     """What one exposure delivered. ``channels`` name -> float32 [rows, cols] detector output; ``electrons`` delivered,
     exactly; ``pixels`` exposed; ``seconds`` from the first pixel until the beam was blanked; ``started_s`` column clock
-    at the first pixel; ``flags`` what is wrong with the frame ('saturated'); ``validity`` of the image model by
-    channel."""
+    at the first pixel; ``flags`` what is wrong with the frame ('saturated'; 'partial': lines not scanned are 0);
+    ``validity`` of the image model by channel."""
 
     channels: Mapping[str, NDArray[np.float32]]
     electrons: int
@@ -82,8 +86,9 @@ class ColumnTruth:
 
 
 class SimulatedColumn:
-    """See the module. ``on_line_block(ordinal, electrons so far in this pulse)`` is called after each line block and
-    may raise: then only what was delivered until there is on the meter and in the specimen."""
+    """See the module. ``on_line_block(ordinal, electrons so far in this pulse)`` is called after each line block,
+    which is then on the meter, and may raise: then only what was delivered until there is on the meter and in the
+    specimen. :class:`BeamStopped` ends the frame early, anything else breaks it off."""
 
     def __init__(
         self,
@@ -143,14 +148,19 @@ class SimulatedColumn:
         """Expose ``region`` as shot ``ordinal``. Blocks; not repeatable: every call delivers again."""
         started_s, charge = self.clock_s, self._charge
         before = self._body.alive.copy(), self._body.positions_A.copy()
-        electrons, points_nm, events = self._deliver(ordinal, region)
+        meter = self._meter
+        points_nm, events, rows = self._deliver(ordinal, region)
         images = self._images(region, points_nm, before, events)
-        channels, flags = self._read(ordinal, region, images, electrons, charge)
+        channels, flags = self._read(ordinal, region, images, self._electrons(ordinal, region), charge)
+        if rows < region.shape[0]:
+            flags = (*flags, "partial")
+            for image in channels.values():
+                image[rows:] = 0.0
         return Pulse(
             channels=channels,
-            electrons=electrons,
-            pixels=region.pixels,
-            seconds=self._scan.frame_s(region),
+            electrons=self._meter - meter,
+            pixels=rows * region.shape[1],
+            seconds=self._scan.frame_s(region) if rows == region.shape[0] else self.clock_s - started_s,
             started_s=started_s,
             flags=flags,
             validity=self.validity(),
@@ -228,13 +238,13 @@ class SimulatedColumn:
 
     # ------------------------------------------------------------ inside
 
-    def _deliver(self, ordinal: int, region: ScanRegion, watched: bool = True) -> tuple[int, Array, list[Event]]:
-        """Put the beam on: electrons, true positions [rows, cols, 2] nm and what changed."""
+    def _deliver(self, ordinal: int, region: ScanRegion, watched: bool = True) -> tuple[Array, list[Event], int]:
+        """Put the beam on: true positions [rows, cols, 2] nm of the whole region, what changed, lines delivered."""
         electrons = self._electrons(ordinal, region)
         points_nm = self._scan.positions_nm(region, self.clock_s, self._seed, ordinal, self._charge)
         path = self._scan.beam_path(region, points_nm, self.clock_s, electrons / self._scan.beam_on_s(region))
         rows = region.shape[0]
-        block = _block_lines(rows)
+        block = block_lines(rows)
         by_line = path.electrons_by_line(electrons)
         done = 0
         try:
@@ -244,6 +254,8 @@ class SimulatedColumn:
                 done = last
                 if watched and self.on_line_block is not None:
                     self.on_line_block(ordinal, by_line[done])
+        except BeamStopped:
+            pass
         finally:
             delivered = path.lines(done)
             self._count_tiles(delivered)
@@ -254,7 +266,7 @@ class SimulatedColumn:
             seconds = whole if done == rows else float(np.append(self._scan.line_starts_s(region), whole)[done])
             self.clock_s += seconds
             self._charge = float(self._scan.charging.after(self._charge, seconds, beam_on=True))
-        return electrons, points_nm, events
+        return points_nm, events, done
 
     def _read(
         self, ordinal: int, region: ScanRegion, images: Images, electrons: int, charge: float
@@ -291,7 +303,7 @@ class SimulatedColumn:
         a line depends on what happens after it.
         """
         rows = region.shape[0]
-        block = _block_lines(rows)
+        block = block_lines(rows)
         turn = region.rotation_rad
         old_alive, old_A = before
         images = self._atoms(None, old_alive, old_A, points_nm, turn)
@@ -336,5 +348,6 @@ class SimulatedColumn:
         return self._renderer.images(positions_A[atoms, :2], numbers, rms, probe_A, turn)
 
 
-def _block_lines(rows: int) -> int:
+def block_lines(rows: int) -> int:
+    """Lines in each block of a frame of ``rows`` lines."""
     return math.ceil(rows / LINE_BLOCKS)
