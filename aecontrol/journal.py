@@ -8,7 +8,8 @@ dropped: in a dose ledger a dropped record is a forgotten exposure, so opening r
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from aecontrol.chain import GENESIS, chain_hash
@@ -68,23 +69,31 @@ class Journal:
             row = self._connection.execute("SELECT seq, sha256 FROM journal ORDER BY seq DESC LIMIT 1").fetchone()
         except sqlite3.Error as error:
             raise StorageFault(f"{path} cannot be opened: {error}", "restore it from a copy") from error
-        self._seq: int = row[0] if row else 0
-        self._head: str = row[1] if row else GENESIS
+        self.seq: int = row[0] if row else 0
+        self.head: str = row[1] if row else GENESIS
 
     def append(self, body: str) -> None:
         """Add one record; it is on the disk when this returns. Raises StorageFault (disk full, I/O error): the record
         must then be taken as not written, and nothing may be exposed."""
-        sha = chain_hash(self._head, body)
+        self.extend((body,))
+
+    def extend(self, bodies: Sequence[str]) -> None:
+        """Add several records at once, all or none. Raises as :meth:`append`."""
+        seq, head, rows = self.seq, self.head, []
+        for body in bodies:
+            seq, prev, head = seq + 1, head, chain_hash(head, body)
+            rows.append((seq, prev, head, body))
         try:
-            self._connection.execute(
-                "INSERT INTO journal (seq, prev, sha256, body) VALUES (?, ?, ?, ?)",
-                (self._seq + 1, self._head, sha, body),
-            )
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany("INSERT INTO journal (seq, prev, sha256, body) VALUES (?, ?, ?, ?)", rows)
+            self._connection.execute("COMMIT")
         except sqlite3.Error as error:
+            with suppress(sqlite3.Error):
+                self._connection.execute("ROLLBACK")
             raise StorageFault(
                 f"cannot append to {self._path}: {error}", "free disk space or mend the disk, then resume"
             ) from error
-        self._seq, self._head = self._seq + 1, sha
+        self.seq, self.head = seq, head
 
     def close(self) -> None:
         """Checkpoint and close."""

@@ -247,6 +247,7 @@ class Welcome(_Reply):
     seq: Count
     head: Sha256
     role: Role
+    frames_port: Count = Field(0, description="TCP port of the frames' socket, on the same host")
 
 
 class Granted(_Reply):
@@ -327,6 +328,14 @@ class Spooled(_Reply):
     flags: tuple[str, ...]
 
 
+class Arrays(_Reply):
+    """Arrays that can be fetched as files; ``about`` says what they are, as JSON."""
+
+    t: Literal["ARRAYS"] = "ARRAYS"
+    about: str
+    files: list[SpoolFile]
+
+
 Code = Literal[
     "MALFORMED", "VERSION", "FORBIDDEN", "FENCED", "NO_LEASE", "LEASE_HELD", "LEDGER_MISMATCH", "STALE", "STALLED",
     "KEY_REUSE", "LATCHED", "REFUSED", "UNKNOWN", "BUSY", "FAULT",
@@ -342,7 +351,7 @@ class Refusal(_Reply):
 
 
 Reply = Annotated[
-    Welcome | Granted | Beating | Firing | Settled | Done | Told | Recorded | Spooled | Refusal,
+    Welcome | Granted | Beating | Firing | Settled | Done | Told | Recorded | Spooled | Arrays | Refusal,
     Field(discriminator="t"),
 ]
 

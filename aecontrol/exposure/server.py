@@ -161,6 +161,7 @@ class Server:
         self, ledger: Ledger, records: list[str], limits: InterlockLimits, timing: m.Timing, boot_id: str
     ) -> None:
         self.limits, self.timing, self.boot_id = limits, timing, boot_id
+        self.frames_port = 0
         self.facts = Facts()
         self.heads = [GENESIS]
         self.ledger = ledger
@@ -492,4 +493,5 @@ class Server:
             seq=len(self.heads) - 1,
             head=self.heads[-1],
             role=peer.role,
+            frames_port=self.frames_port,
         )
