@@ -91,9 +91,9 @@ class MovesStage(Protocol):
     """A backend whose stage can be moved. Needed only when ``stage_range_nm`` is set."""
 
     def move_stage(self, to_nm: tuple[float, float]) -> None:
-        """Move the stage so that the field's top-left corner lies at ``to_nm`` of the specimen frame, which is the field
-        as it was when the ledger was opened: the specimen's point p is then found at p - to_nm. The beam is blanked.
-        Blocks until the stage has settled; :meth:`Backend.state` then says ``stage_nm`` = ``to_nm``."""
+        """Move the stage so that the field's top-left corner lies at ``to_nm`` of the specimen frame, which is the
+        field as it was when the ledger was opened: the specimen's point p is then found at p - to_nm. The beam is
+        blanked. Blocks until the stage has settled; :meth:`Backend.state` then says ``stage_nm`` = ``to_nm``."""
 
 
 @runtime_checkable
@@ -116,8 +116,8 @@ class Blanker(Protocol):
 
 
 class BackendConfig(Protocol):
-    """[backend] of a bridge's configuration: a frozen pydantic model with a literal ``kind``, named by an entry point of
-    the group ``aecontrol.backends``."""
+    """[backend] of a bridge's configuration: a frozen pydantic model with a literal ``kind``, named by an entry point
+    of the group ``aecontrol.backends``."""
 
     def open(self, base: Path, seed: int) -> Backend:
         """Connect to the instrument. Relative paths start at ``base``. Raises BadInput for what cannot work."""
