@@ -6,12 +6,15 @@ import fcntl
 import hashlib
 import io
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aecontrol.errors import BadInput, StorageFault
+
+TRY_AGAIN_S = 0.01
 
 
 def sha256_hex(data: bytes) -> str:
@@ -60,18 +63,27 @@ def load_npy(data: bytes, source: str) -> NDArray[np.generic]:
 
 
 class FolderLock:
-    """An operating-system lock on a folder; released by the kernel however the process ends."""
+    """An operating-system lock on a folder; released by the kernel however the process ends. Raises BadInput when
+    another process still holds it after ``wait_s``. Locks of another ``name`` do not hinder each other."""
 
-    def __init__(self, folder: Path) -> None:
-        self._descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            raise BadInput(
-                f"{folder} is in use by another run", "wait for it to end, or give another folder with --out"
-            ) from None
+    def __init__(self, folder: Path, name: str = "lock", wait_s: float = 0.0) -> None:
+        self._descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline = time.monotonic() + wait_s
+        while not self._taken():
+            if time.monotonic() >= deadline:
+                os.close(self._descriptor)
+                raise BadInput(
+                    f"{folder} is in use by another run", "wait for it to end, or give another folder with --out"
+                )
+            time.sleep(TRY_AGAIN_S)
 
     def release(self) -> None:
         """Let the next run in."""
         os.close(self._descriptor)
+
+    def _taken(self) -> bool:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

@@ -64,7 +64,7 @@ class BeatWord:
         self.server_pid = os.getpid()
 
     def watched(self, interval_s: float) -> bool:
-        """True when the watchdog has looked within half a heartbeat ``interval_s``: without that, nothing may be fired."""
+        """True when the watchdog has looked within half a heartbeat ``interval_s``: else nothing may be fired."""
         return time.monotonic_ns() - self.poll_ns < 0.5e9 * interval_s
 
     def close(self) -> None:

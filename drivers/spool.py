@@ -1,7 +1,7 @@
 """The frame spool: where a pulse's pixels lie, durable and verified, until the controller has them.
 
-Its files are named by the key's hex digest and a channel's number, never by a word that a peer chose. A frame's ``.json``
-is written last, so that its presence says that every channel is complete.
+Its files are named by the key's hex digest and a channel's number, never by a word that a peer chose. A frame's
+``.json`` is written last, so that its presence says that every channel is complete.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def frame_bytes(region: ScanRegion, capabilities: Capabilities) -> int:
 
 
 class Spool:
-    """Frames in ``folder`` by key; ``channels`` are all names that a frame may have, in a fixed order. Several processes
-    may use one folder: one writes a key, others read it once it is complete."""
+    """Frames in ``folder`` by key; ``channels`` are all names that a frame may have, in a fixed order. Processes may
+    share a folder: one writes a key, others read it once it is complete."""
 
     def __init__(self, folder: Path, channels: tuple[str, ...]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
