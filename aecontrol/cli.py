@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ app = typer.Typer(
 )
 train_app = typer.Typer(help="Train the networks that are shipped as weights.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
+keys_app = typer.Typer(help="Keys that let controllers and bridges know each other.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout; logs go to stderr")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
@@ -163,6 +166,63 @@ def gallery(
         made = draw(out, specimen, _torch_device(device), progress)
     for path in made:
         print(path)
+
+
+@app.command()
+def bridge(
+    config: Annotated[Path, typer.Argument(help="a bridge's TOML file; see configs/bridge_*.toml")],
+    clear_latch: Annotated[
+        str | None, typer.Option(help="why the latch of this ledger may go, in a sentence; then serve")
+    ] = None,
+) -> None:
+    """Serve a microscope to controllers over ZMQ, with its own ledger, limits and watchdog, until Ctrl-C."""
+    from aecontrol.registry import tool
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    tool("bridge")(config, clear_latch)
+
+
+@keys_app.command("new")
+def keys_new(folder: Annotated[Path, typer.Argument(help="a new folder")]) -> None:
+    """Make CURVE keys for a bridge, and one controller, operator and observer."""
+    from aecontrol.registry import tool
+
+    for path in tool("new-keys")(folder):
+        print(path)
+
+
+@app.command()
+def blank(config: Annotated[Path, typer.Argument(help="a TOML file with the [driver] to reach")]) -> None:
+    """Blank the beam of a microscope now, whoever is exposing."""
+    from aecontrol.config import load_driver
+
+    with tempfile.TemporaryDirectory() as folder:
+        microscope = load_driver(config).build(Path(folder), config.resolve().parent, 0)
+        microscope.blank()
+        microscope.close()
+    print("the beam is blanked")
+
+
+@app.command("check-driver")
+def check_driver(
+    config: Annotated[Path, typer.Argument(help="a TOML file with the [driver] to check")],
+    max_electrons: Annotated[int, typer.Option(min=0, help="electrons that the checks may cost")] = 10_000_000,
+    json_out: Json = False,
+) -> None:
+    """Check any driver against the contract that sessions rely on, with a few small exposures at the field's corner."""
+    from aecontrol.config import load_driver
+    from aecontrol.registry import tool
+
+    driver, base = load_driver(config), config.resolve().parent
+    with tempfile.TemporaryDirectory() as folder:
+        results = tool("check-driver")(lambda: driver.build(Path(folder), base, 0), max_electrons)
+    failed = [name for name, wrong in results if wrong]
+    if json_out:
+        print(json.dumps({"checks": [{"check": name, "wrong": wrong} for name, wrong in results]}))
+    else:
+        for name, wrong in results:
+            print(f"{'FAILED' if wrong else 'ok':>6}  {name}{': ' if wrong else ''}{wrong}")
+    raise typer.Exit(4 if failed else 0)
 
 
 @app.command()

@@ -128,6 +128,11 @@ def load(path: Path, seed: int | None = None) -> SessionConfig:
     return replace(parse(raw, path.resolve().parent), text=text)
 
 
+def load_driver(path: Path) -> DriverConfig:
+    """The [driver] of a configuration, whatever else is in it. Raises BadInput."""
+    return cast(DriverConfig, build_part("driver", read_toml(path).get("driver"), "driver"))
+
+
 def json_schema() -> dict[str, Any]:
     """JSON schema of the whole configuration, with every installed part. What tables inside others may hold (specimens)
     and what has files of its own (simulations) is among the definitions, as ``specimen.KIND`` and ``simulation.KIND``.

@@ -45,6 +45,14 @@ def bound_charge(region: ScanRegion, capabilities: Capabilities) -> Charge:
     )
 
 
+def dwell_share(region: ScanRegion, capabilities: Capabilities) -> float:
+    """The part of an exposure's electrons that falls on one pixel while it is read."""
+    beam_on_s = region.pixels * region.dwell_time_s + capabilities.blanker_latency_s
+    if capabilities.beam_on_in_flyback:
+        beam_on_s += (region.shape[0] - 1) * capabilities.flyback_s
+    return region.dwell_time_s / beam_on_s
+
+
 def _way_back_share(region: ScanRegion, error_nm: float) -> float:
     """Largest share of the electrons of all ways back (straight and steady, one a line) that one tile can get: that
     many ways can cross it, each over no more than its diagonal."""

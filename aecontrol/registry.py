@@ -6,7 +6,7 @@ nothing heavy at their top level.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, get_args
@@ -67,6 +67,18 @@ def build_part(role: str, table: object, where: str) -> Model:
     if not isinstance(kind, str):
         raise BadInput(f"[{where}] has no kind", f"add kind = one of {', '.join(kinds(role))}")
     return validate(part_class(role, kind), table, where)
+
+
+def tool(name: str) -> Callable[..., Any]:
+    """A function that a command calls, from the entry points of the group 'aecontrol.tools': so that the command line
+    knows no driver. Raises BadInput when it is not installed or cannot be imported."""
+    for point in entry_points(group="aecontrol.tools", name=name):
+        try:
+            found: Callable[..., Any] = point.load()
+            return found
+        except ImportError as error:
+            raise BadInput(f"{name} cannot be imported: {error}", "install what it needs") from error
+    raise BadInput(f"{name} is not installed", "install aecontrol anew: pip install -c constraints.txt -e .")
 
 
 def validate(model: type[M], table: Mapping[str, Any], where: str) -> M:

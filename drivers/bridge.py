@@ -1,4 +1,4 @@
-"""The bridge's server: ``python -m drivers.bridge CONFIG``. It carries out what :mod:`aecontrol.exposure.server` decides.
+"""The bridge's server, ``python -m drivers.bridge CONFIG``: it does what :mod:`aecontrol.exposure.server` decides.
 
 Three processes, so that none can hold up another: this one owns the ledger and the sockets and never touches a pixel;
 the column process holds the instrument and writes frames; the watchdog blanks when this one falls silent. It needs
@@ -34,7 +34,7 @@ from aecontrol.types import Capabilities, Charge, InstrumentState, Model, Positi
 from . import column_messages as column
 from .beat_word import BeatWord
 from .bridge_file import BridgeFile, read_bridge_file
-from .column_link import ColumnLink, Reply, connect_or_start
+from .column_link import Reply, connect_or_start
 from .desk import Desk
 from .keys import KeyRing
 from .sockets import BulkServer, ControlServer
@@ -91,11 +91,11 @@ class Bridge:
         self._pulses: dict[int, str] = {}
         self._moves: set[int] = set()
         self._state = InstrumentState(beam_on=False, clock_s=0.0)
+        self._room_bytes = 0
         self._heard_s = self._asked_s = time.monotonic()
-        self._column_error = ""
         self._watchdog = _start_watchdog(path, self.folder)
-        self._settle_column(ready)
-        self._desk = Desk(self.core, self._journal.bodies, self._spool, self._link)
+        settled = self._settle_column(ready)
+        self._desk = Desk(self.core, [*self._journal.bodies, *settled], self._spool, self._link)
         keys = KeyRing.load(settings.base / table.keys) if table.keys else None
         self._control = ControlServer(self._context, table.address, keys, simulated=self._capabilities.simulated)
         self._frames = BulkServer(self._context, table.frames_address, keys, self._desk.resolve)
@@ -119,6 +119,12 @@ class Bridge:
                 self._turn()
         finally:
             self._close()
+
+    def clear_latch(self, reason: str) -> None:
+        """A person has looked at what latched this ledger. Raises BadInput when the reason says nothing."""
+        if len(reason.strip()) < 8:
+            raise BadInput(f"the reason {reason!r} says too little", "say in a sentence what was wrong and is mended")
+        self._perform([self.core.clear("at the bridge", reason)])
 
     def stop(self) -> None:
         """End after this turn. From a signal's handler or another thread."""
@@ -162,8 +168,6 @@ class Bridge:
             stage_nm=self._state.stage_nm,
             room_bytes=max(0, self._room_bytes),
         )
-
-    _room_bytes = 0
 
     def _hear_column(self) -> None:
         for _ in range(BATCH):
@@ -246,9 +250,9 @@ class Bridge:
 
     # ------------------------------------------------------------ start and end
 
-    def _settle_column(self, ready: column.Ready) -> None:
+    def _settle_column(self, ready: column.Ready) -> list[str]:
         """Blank, wait for a pulse that an earlier server left behind, settle the ledger, and make sure that column and
-        ledger know the same exposures."""
+        ledger know the same exposures. The records that this took."""
         self._link.ask(column.Blank(), ASK_S)
         while isinstance(told := self._link.ask(column.State(), ASK_S).message, column.Stated) and told.firing:
             time.sleep(0.02)
@@ -271,10 +275,11 @@ class Bridge:
             if not isinstance(answer, column.Done):
                 raise InstrumentFault(f"the column did not take over {len(shots)} earlier exposures: {answer}")
         firing = [key for key, entry in entries.items() if entry.state == "FIRING"]
-        known = {key: {} for key in self._spool.keys()} | self._spool.complete(firing)
-        for effect in self.core.boot(known):
-            if isinstance(effect, core.Append):
-                self._journal.append(effect.body)
+        spooled: dict[str, dict[str, str]] = {key: {} for key in self._spool.keys()}  # noqa: SIM118
+        spooled |= self._spool.complete(firing)
+        bodies = [effect.body for effect in self.core.boot(spooled) if isinstance(effect, core.Append)]
+        self._journal.extend(bodies)
+        return bodies
 
     def _close(self) -> None:
         """Blank first, whatever failed; then let go of everything. The column process goes on by itself."""
@@ -328,9 +333,12 @@ def open_bridge(path: Path) -> Bridge:
     return Bridge(path, settings, table, limits)
 
 
-def serve(path: Path) -> None:
-    """Serve until SIGINT or SIGTERM. Raises as :func:`open_bridge`, and StorageFault when the ledger is lost."""
+def serve(path: Path, clear_latch: str | None = None) -> None:
+    """Serve until SIGINT or SIGTERM. ``clear_latch``: a person on this computer says why the latch may go. Raises as
+    :func:`open_bridge`, and StorageFault when the ledger is lost."""
     bridge = open_bridge(path)
+    if clear_latch is not None:
+        bridge.clear_latch(clear_latch)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: bridge.stop())
     print(f"serving {bridge.core.ledger.capabilities.identity} at {bridge.address}", flush=True)

@@ -1,8 +1,9 @@
-"""What the bridge tells about itself without touching the beam: its state, its ledger, where frames lie, what is true."""
+"""What the bridge tells without touching the beam: its state, its ledger, where frames lie, what is true."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +88,7 @@ class Desk:
             state=state,
             holder=lease.user if lease else "",
             session=lease.session if lease else "",
+            held_s=(time.monotonic_ns() - lease.since_ns) / 1e9 if lease else 0.0,
             epoch=core.ledger.epoch,
             latched=core.ledger.latched,
             electrons=core.ledger.charged.electrons,
@@ -94,7 +96,7 @@ class Desk:
         )
 
     def _records(self, request: m.Records) -> m.Recorded:
-        size, chosen = 0, []
+        size, chosen = 0, list[str]()
         for body in self._bodies[request.after :]:
             size += len(body.encode()) + 16
             if chosen and size > m.RECORDS_BYTES:
@@ -107,7 +109,7 @@ class Desk:
         if entry is None or not entry.digests:
             return m.Refusal(re=request.id, code="UNKNOWN", reason=f"there is no frame for {request.key[:12]}")
         try:
-            meta = self._spool.about(request.key)
+            started_s, flags = self._spool.about(request.key)
             channels = {
                 name: m.SpoolFile(sha256=sha, nbytes=self._spool.path(request.key, name).stat().st_size)
                 for name, sha in entry.digests.items()
@@ -121,15 +123,17 @@ class Desk:
         return m.Spooled(
             re=request.id,
             channels=channels,
-            started_s=meta.started_s,
+            started_s=started_s,
             electrons_per_pixel=charge.electrons * share if charge.electrons else None,
-            flags=meta.flags if entry.measured else (*meta.flags, "dose = upper bound"),
+            flags=flags if entry.measured else (*flags, "dose = upper bound"),
         )
 
     def _ask(self, peer: Peer, request: m.Truths) -> m.Reply | None:
         if not self._core.ledger.capabilities.simulated:
             return m.Refusal(re=request.id, code="UNKNOWN", reason="a real specimen keeps its truth to itself")
-        order = column.AskNoiseless(region=request.region) if request.region else column.AskTruth(target=request.target)
+        order: column.Request = column.AskTruth(target=request.target or "")
+        if request.region is not None:
+            order = column.AskNoiseless(region=request.region)
         try:
             self._asked[self._link.send(order)] = (peer.route, request.id)
         except InstrumentFault as error:

@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from aecontrol.dose import dwell_share
 from aecontrol.errors import AecontrolError, InstrumentFault, StorageFault
 from aecontrol.exposure import (
     InterlockLimits,
@@ -137,7 +138,9 @@ class Instrument:
             measured = entry.bound
         assert measured is not None
         assert entry.region is not None
-        electrons = None if measured.electrons is None else measured.electrons * self._dwell_share(entry.region)
+        electrons = (
+            None if measured.electrons is None else measured.electrons * dwell_share(entry.region, self._capabilities)
+        )
         return FrameData(channels, started_s, electrons, flags)
 
     def acknowledge(self, key: str) -> None:
@@ -174,14 +177,6 @@ class Instrument:
         return self._column.noiseless(region) if isinstance(self._column, KnowsAll) else None
 
     # ------------------------------------------------------------ inside
-
-    def _dwell_share(self, region: ScanRegion) -> float:
-        """The part of an exposure's electrons that falls on one pixel while it is read."""
-        known = self._capabilities
-        beam_on_s = region.pixels * region.dwell_time_s + known.blanker_latency_s
-        if known.beam_on_in_flyback:
-            beam_on_s += (region.shape[0] - 1) * known.flyback_s
-        return region.dwell_time_s / beam_on_s
 
     def _write(self, record: LedgerRecord) -> None:
         self._journal.append(record.model_dump_json(exclude_defaults=True))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from aecontrol.durable import load_npy, sha256_hex
 from aecontrol.errors import InstrumentFault
 from aecontrol.exposure import Outcome
+from aecontrol.exposure import messages as m
 from aecontrol.exposure.client import Client
-from aecontrol.protocols import FrameData
+from aecontrol.protocols import FrameData, Image, Truth
 from aecontrol.types import Capabilities, Charge, InstrumentState, ScanRegion
+
+from .column_messages import Ideal, TruthIs
+from .column_truth import ideal_from, truth_from
 
 FetchBytes = Callable[[str, int], bytes]
 """(sha256, number of bytes) -> the file of the bridge's spool with that digest."""
 
 
 class RemoteMicroscope:
-    """A :class:`~aecontrol.protocols.Microscope` over ``client``; ``fetch_bytes`` brings files of the spool, ``release``
-    closes the connection."""
+    """A :class:`~aecontrol.protocols.Microscope` over ``client``; ``fetch_bytes`` brings files of the spool,
+    ``release`` closes the connection."""
 
     def __init__(self, client: Client, fetch_bytes: FetchBytes, release: Callable[[], None]) -> None:
         self._client, self._fetch_bytes, self._release = client, fetch_bytes, release
@@ -66,6 +70,24 @@ class RemoteMicroscope:
     def park(self, at_nm: tuple[float, float]) -> None:
         """Rest the idle beam there."""
         self._client.park(at_nm)
+
+    def truth(self, target: str) -> Truth | None:
+        """True objects of a simulated instrument, for the scorer only; None for a real one."""
+        told = self._arrays(target=target)
+        return None if told is None else truth_from(TruthIs.model_validate_json(told[0], strict=True), told[1])
+
+    def noiseless(self, region: ScanRegion) -> Mapping[str, Image] | None:
+        """The ideal image of ``region`` on a simulated instrument, for the scorer only; None for a real one."""
+        told = self._arrays(region=region)
+        return None if told is None else ideal_from(Ideal.model_validate_json(told[0], strict=True), told[1])
+
+    def _arrays(self, **what: object) -> tuple[str, list[bytes]] | None:
+        if not self.capabilities().simulated:
+            return None
+        reply = self._client.ask(m.Truths, **what)
+        if not isinstance(reply, m.Arrays):
+            return None
+        return reply.about, [self._fetch_bytes(file.sha256, file.nbytes) for file in reply.files]
 
     def close(self) -> None:
         """Give the lease back, which blanks, and close the connection."""

@@ -49,7 +49,7 @@ class Spool:
 
     def __init__(self, folder: Path, channels: tuple[str, ...]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._channels = folder, channels
+        self.folder, self._channels = folder, channels
 
     def reserve(self, key: str, nbytes: int) -> None:
         """Make sure that ``nbytes`` fit on the disk now. Raises StorageFault when they do not."""
@@ -96,12 +96,20 @@ class Spool:
     ) -> tuple[dict[str, NDArray[np.generic]], float, tuple[str, ...]]:
         """Channels of a frame, checked against ``digests``; instrument clock at its first pixel, s; flags. Raises
         InstrumentFault when it is gone or changed."""
+        channels = {name: load_npy(self._bytes(key, name, sha), name) for name, sha in digests.items()}
+        return channels, *self.about(key)
+
+    def about(self, key: str) -> tuple[float, tuple[str, ...]]:
+        """Instrument clock at a frame's first pixel, s, and its flags. Raises InstrumentFault when there is none."""
         try:
             meta = json.loads(self._path(key, "json").read_bytes())
-        except (OSError, ValueError) as error:
+            return float(meta["started_s"]), tuple(meta["flags"])
+        except (OSError, ValueError, KeyError) as error:
             raise InstrumentFault(f"the frame of {key[:12]} is no longer in the spool: {error}") from error
-        channels = {name: load_npy(self._bytes(key, name, sha), name) for name, sha in digests.items()}
-        return channels, float(meta["started_s"]), tuple(meta["flags"])
+
+    def keys(self) -> list[str]:
+        """Every key that has a complete frame here."""
+        return [path.stem for path in self.folder.glob("*.json") if _KEY.fullmatch(path.stem)]
 
     def delete(self, key: str, channels: Iterable[str]) -> None:
         """Delete these channels of a frame, and its ``.json``. Safe to repeat."""
@@ -123,7 +131,7 @@ class Spool:
     def _path(self, key: str, ending: str) -> Path:
         if not _KEY.fullmatch(key):
             raise InstrumentFault(f"{key[:80]!r} is not a key", "keys are 64 hex digits")
-        return self._folder / f"{key}.{ending}"
+        return self.folder / f"{key}.{ending}"
 
     def _bytes(self, key: str, name: str, sha: str) -> bytes:
         try:

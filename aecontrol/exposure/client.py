@@ -57,7 +57,7 @@ class Client:
 
     ``session`` names the controller to the bridge: the same name takes its own lease back after a crash. ``now`` is a
     monotonic clock, s. ``patience_s``: how long an unreachable bridge is asked before InstrumentFault; ``first_s``: the
-    same for the first contact.
+    same for the first contact. ``force``: take the lease from its holder, as operators may.
     """
 
     def __init__(
@@ -68,9 +68,10 @@ class Client:
         now: Callable[[], float],
         patience_s: float = 60.0,
         first_s: float = 5.0,
+        force: bool = False,
     ) -> None:
         self._link, self._mirror, self._session, self._now = link, mirror, session, now
-        self._patience_s, self._first_s = patience_s, first_s
+        self._patience_s, self._first_s, self._force = patience_s, first_s, force
         self._welcome: m.Welcome | None = None
         self._attached = False
         self._epoch: int | None = None
@@ -89,6 +90,13 @@ class Client:
             self._attach()
         assert self._welcome is not None
         return self._welcome.capabilities
+
+    @property
+    def frames_port(self) -> int:
+        """TCP port of the bridge's frames."""
+        self._attach()
+        assert self._welcome is not None
+        return self._welcome.frames_port
 
     def expose(self, key: str, region: ScanRegion, bound: Charge) -> Outcome:
         """Fire once; the outcome, however many messages were lost. Raises InstrumentFault when the bridge cannot be
@@ -221,7 +229,7 @@ class Client:
                 raise InstrumentFault(f"{self._link.address} has been firing for {self._patience_s:g} s", "look at it")
 
     def _acquire(self) -> bool:
-        known: dict[str, Any] = {"seq": self._mirror.seq, "head": self._mirror.head}
+        known: dict[str, Any] = {"seq": self._mirror.seq, "head": self._mirror.head, "force": self._force}
         reply = self._ask(m.Acquire, ASK_S, session=self._session, **known)
         if isinstance(reply, m.Granted):
             self._epoch = reply.epoch

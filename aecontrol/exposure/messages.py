@@ -197,7 +197,8 @@ class Truths(AnyRequest):
     """What is really there; simulated instruments only."""
 
     t: Literal["TRUTHS"] = "TRUTHS"
-    target: Name
+    target: Name | None = Field(None, description="kind of true objects")
+    region: ScanRegion | None = Field(None, description="or: the ideal image of this region")
 
 
 class Clear(AnyRequest):

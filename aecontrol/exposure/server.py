@@ -226,8 +226,7 @@ class Server:
             case m.Blank():
                 return [*self._off(now_ns, "BLANK was asked for"), Send(peer.route, m.Done(re=request.id))]
             case m.Clear():
-                record = LedgerRecord(kind="CLEAR", holder=peer.user, reason=request.reason)
-                return [self._append(record), Send(peer.route, m.Done(re=request.id))]
+                return [self.clear(peer.user, request.reason), Send(peer.route, m.Done(re=request.id))]
             case _:  # STATUS, RECORDS, FRAMES, TRUTHS need the disk or the instrument: the shell answers them
                 return [self._refuse(peer, request, "UNKNOWN", f"{request.t} is not answered here")]
 
@@ -277,6 +276,10 @@ class Server:
             return []
         (route, re), self.moving = self.moving, None
         return [Send(route, m.Refusal(re=re, code="FAULT", reason=error) if error else m.Done(re=re))]
+
+    def clear(self, who: str, reason: str) -> Append:
+        """An operator has looked, and says why the latch may go."""
+        return self._append(LedgerRecord(kind="CLEAR", holder=who, reason=reason))
 
     # ------------------------------------------------------------ the lease
 
