@@ -59,6 +59,10 @@ class RemoteMicroscope:
         """Blank the beam at once."""
         self._client.blank()
 
+    def ping(self) -> None:
+        """Returns once the bridge has answered."""
+        self._client.ask(m.Ping)
+
     def state(self) -> InstrumentState:
         """What the instrument says of itself."""
         return self._client.state()

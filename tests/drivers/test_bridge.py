@@ -1,0 +1,206 @@
+"""The bridge in real processes, over real sockets: everything that a session does, by its own means."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from aecontrol.dose import bound_charge
+from aecontrol.errors import BadInput, InstrumentFault
+from aecontrol.session import Session
+from aecontrol.types import Budget, ScanRegion
+from aecontrol.verify import compare_ledgers
+from drivers.contract import MicroscopeContract, a_key
+from tests.aecontrol.parts import Reckless, configuration
+
+from .running_bridge import end, kill, running, start, until, write_bridge
+
+
+def a_region(seconds=1.0, shape=(64, 64), fov=3.0, center=3.0, **more):
+    dwell = seconds / (shape[0] * shape[1])
+    return ScanRegion(
+        center_nm=(center, center), fov_nm=(fov, fov), shape=shape, dwell_time_s=dwell, **more
+    )
+
+
+def expose(microscope, name, region):
+    return microscope.expose(a_key(name), region, bound_charge(region, microscope.capabilities()))
+
+
+class TestOverTheBridge(MicroscopeContract):
+    """The contract of every driver, with CURVE, a server, a watchdog and a column process in between."""
+
+    @pytest.fixture(autouse=True)
+    def _bridges(self):
+        self.bridges = {}
+        yield
+        for folder, bridge in self.bridges.items():
+            end(folder, bridge.process)
+
+    def open(self, folder):
+        if folder not in self.bridges:
+            self.bridges[folder] = start(write_bridge(folder))
+        return self.bridges[folder].driver().build(folder / "client", folder, 0)
+
+
+def test_spectra_stage_and_parking_are_refused_where_the_instrument_has_none(tmp_path):
+    with running(tmp_path) as bridge:
+        microscope = bridge.driver().build(tmp_path / "client", tmp_path, 0)
+        region = a_region(1e-3).model_copy(update={"signal": "spectra"})
+        outcome = expose(microscope, "spectra", region)
+        assert (outcome.state, "spectra" in outcome.reason) == ("VOID", True)
+        with pytest.raises(InstrumentFault, match="limit is 0 nm"):
+            microscope.move_stage((100.0, 0.0))
+        microscope.close()
+
+
+def test_abort_ends_a_scan_within_a_tenth_of_a_second_and_a_ping_does_not_wait(tmp_path):
+    with running(tmp_path, real_time=True) as bridge:
+        microscope = bridge.driver().build(tmp_path / "client", tmp_path, 0)
+        watcher = bridge.driver("observer").build(tmp_path / "watcher", tmp_path, 0)
+        until(lambda: not watcher.state().beam_on)
+        outcomes = []
+        region = a_region(3.0)
+        thread = threading.Thread(target=lambda: outcomes.append(expose(microscope, "long", region)))
+        thread.start()
+        until(lambda: watcher.state().beam_on)
+        pings = []
+        for _ in range(50):
+            before = time.perf_counter()
+            watcher.state()
+            pings.append(time.perf_counter() - before)
+        before = time.monotonic()
+        watcher.blank()
+        until(lambda: not watcher.state().beam_on)
+        took = time.monotonic() - before
+        thread.join()
+        assert np.median(pings) < 0.01
+        assert took < 0.2
+        (outcome,) = outcomes
+        bound = bound_charge(region, microscope.capabilities())
+        assert outcome.state == "POST"
+        assert 0 < outcome.measured.electrons < 0.9 * bound.electrons
+        assert "partial" in microscope.fetch(a_key("long")).flags
+        watcher.close()
+        microscope.close()
+
+
+def test_limits_roles_and_leases(tmp_path):
+    limits = "[limits]\nmax_electrons_per_shot = 200_000\n[limits.budget]\nelectrons = 300_000\n"
+    with running(tmp_path, limits=limits) as bridge:
+        one = bridge.driver().build(tmp_path / "one", tmp_path, 0)
+        region = a_region(6e-4)
+        assert expose(one, "a", region).state == "POST"
+        big = expose(one, "b", a_region(5e-3))
+        assert "200000" in big.reason.replace("_", "")
+        assert expose(one, "c", region).state == "POST"
+        spent = expose(one, "d", region)
+        assert (spent.state, "budget is 300000" in spent.reason) == ("VOID", True)
+
+        two = bridge.driver().build(tmp_path / "two", tmp_path, 0)
+        with pytest.raises(InstrumentFault, match="LEASE_HELD"):
+            expose(two, "e", region)
+        looker = bridge.driver("observer").build(tmp_path / "looker", tmp_path, 0)
+        with pytest.raises(InstrumentFault, match="FORBIDDEN"):
+            expose(looker, "f", region)
+        boss = bridge.driver("operator", force=True).build(tmp_path / "boss", tmp_path, 0)
+        assert expose(boss, "g", region).state == "VOID"  # the budget is spent, the lease is his
+        with pytest.raises(InstrumentFault, match="LEASE_HELD"):
+            expose(one, "h", region)
+        for microscope in (one, two, looker, boss):
+            microscope.close()
+
+
+def test_a_wrong_key_is_silence_and_says_so(tmp_path):
+    with running(tmp_path) as bridge:
+        stranger = bridge.driver().model_copy(update={"server_key": tmp_path / "keys" / "other.public"})
+        (tmp_path / "keys" / "other.public").write_text("rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7")
+        with pytest.raises(InstrumentFault, match="address or key"):
+            stranger.build(tmp_path / "client", tmp_path, 0)
+
+
+def test_a_real_instrument_or_a_reachable_address_needs_keys(tmp_path):
+    from drivers.bridge import open_bridge
+
+    path = write_bridge(tmp_path, keys=False)
+    path.write_text(path.read_text().replace("127.0.0.1", "0.0.0.0"))
+    try:
+        with pytest.raises(BadInput, match="keys"):
+            open_bridge(path)
+    finally:
+        end(tmp_path)
+
+
+def sessions(folder, driver):
+    """The reckless session of the other tests, on this driver."""
+    config = configuration(Reckless(1), None, Budget(electrons=3_000_000, peak_fluence_e_per_A2=5e4))
+    session = Session.create(replace(config, driver=driver, base=folder), folder / "session")
+    state = session.run()
+    session.close()
+    return state
+
+
+def test_a_session_over_the_bridge_is_the_session_in_process(tmp_path):
+    """The same specimen, seed and policy: the same decisions, frames and charges; both ledgers agree."""
+    from drivers.bridge_file import read_bridge_file
+    from drivers.simulated import SimulatedDriver
+
+    with running(tmp_path, size=20.0) as bridge:
+        there = sessions(tmp_path, bridge.driver())
+        assert list(compare_ledgers(tmp_path / "session", there)) == []
+        backend = read_bridge_file(tmp_path / "bridge.toml").backend
+    table = backend.model_dump(exclude={"kind", "real_time"}, exclude_defaults=True)
+    config = configuration(Reckless(1), None, Budget(electrons=3_000_000, peak_fluence_e_per_A2=5e4))
+
+    class Seeded:
+        def build(self, folder, base, seed):
+            return SimulatedDriver.model_validate(table).build(folder, base, 3)
+
+    (tmp_path / "here").mkdir()
+    session = Session.create(replace(config, driver=Seeded(), base=tmp_path), tmp_path / "here" / "session")
+    here = session.run()
+    session.close()
+    assert [d.decision for d in there.decisions] == [d.decision for d in here.decisions]
+    assert there.charged == here.charged
+    assert [f.channels for f in there.frames.values()] == [f.channels for f in here.frames.values()]
+
+
+@pytest.mark.parametrize("victim", ["server", "watchdog"])
+def test_killed_in_the_middle_of_a_scan_nothing_is_forgotten(tmp_path, victim):
+    """Server killed: the watchdog blanks, a new server charges the key in full. Watchdog killed: the server blanks."""
+    with running(tmp_path, real_time=True) as bridge:
+        port = bridge.address.rsplit(":", 1)[1]
+        microscope = bridge.driver().build(tmp_path / "client", tmp_path, 0)
+        watcher = bridge.driver("observer").build(tmp_path / "watcher", tmp_path, 0)
+        outcomes = []
+        region = a_region(4.0)
+        thread = threading.Thread(target=lambda: outcomes.append(expose(microscope, "long", region)))
+        thread.start()
+        until(lambda: watcher.state().beam_on)
+        kill(bridge.pids()[victim])
+        again = None
+        if victim == "server":
+            bridge.process.wait()
+            time.sleep(0.3)  # the watchdog's business
+            path = tmp_path / "bridge.toml"
+            path.write_text(path.read_text().replace("127.0.0.1:*", f"127.0.0.1:{port}"))
+            again = start(path)
+        thread.join(30)
+        try:
+            (outcome,) = outcomes
+            bound = bound_charge(region, microscope.capabilities())
+            meter = watcher.state().electrons
+            assert outcome.state == ("INDET" if victim == "server" else "POST")
+            charged = bound.electrons if victim == "server" else outcome.measured.electrons
+            assert 0 < meter <= charged
+            assert meter < 0.5 * bound.electrons
+            assert expose(microscope, "after", a_region(0.01)).state == "POST"
+            watcher.close()
+            microscope.close()
+        finally:
+            if again is not None:
+                end(tmp_path, again.process)
