@@ -1,0 +1,1 @@
+"""Backends: one module for each kind of instrument that a bridge can serve."""
