@@ -34,7 +34,7 @@ NOTES = (
     "exposed, at the declared current; time that usim spends on computing is not counted",
     "usim shows the same specimen on every channel, with noise that follows neither dose nor seed",
     "usim's specimen takes no damage and does not drift",
-    "spectra are taken one by one at a parked probe; usim needs some 15 ms for each, however short the dwell time",
+    "spectra are taken one by one at a parked probe; usim needs 15 to 70 ms for each, however short the dwell time",
     "regions with pixels that are not square, or long ones that are turned, are scanned in several pieces",
     "pixels that were not delivered are NaN",
 )
@@ -74,7 +74,7 @@ class NionInstrument:
     def __init__(self, config: NionBackend) -> None:
         self._config = config
         self._usim = Usim(config.specimen, config.channels, config.field_nm, config.beam_current_pA)
-        self._beam = _Beam(self._usim.set_blanked, self._usim.cancel)
+        self._beam = Beam(self._usim.set_blanked, self._usim.cancel)
         self._busy = threading.Lock()
         self._opened_s = time.monotonic()
         self._stage_nm = (0.0, 0.0)
@@ -211,7 +211,7 @@ class NionInstrument:
         return {axis.channel: spectra}
 
 
-class _Beam:
+class Beam:
     """The blanker: opened for a pulse that has an end, closed from any thread; and how long the beam was on."""
 
     def __init__(self, set_blanked: Callable[[bool], None], cancel: Callable[[], None]) -> None:

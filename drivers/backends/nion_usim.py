@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from aecontrol.types import ScanRegion, SpectrumAxis
 
-Sample = Literal["flakes", "amorphous", "gold"]
-"""usim's specimens, in its own order."""
+Sample = Literal["flakes", "gold"]
+"""usim's specimens that can be scanned in part; its third, amorphous one it draws at the same place of every scan."""
+SAMPLE_INDEX: dict[Sample, int] = {"flakes": 0, "gold": 2}
 Channel = Literal["HAADF", "MAADF", "X1", "X2"]
 """usim's detectors, in its own order."""
 CONTEXT_PX = 256
@@ -39,8 +40,9 @@ class Usim:
         HardwareSource.run()
         camera_base.run(None)
         scan_base.run(None)
-        index = get_args(Sample).index(sample)
-        self._context: Any = AcquisitionContextConfiguration(sample_index=index, set_configuration_location=False)
+        self._context: Any = AcquisitionContextConfiguration(
+            sample_index=SAMPLE_INDEX[sample], set_configuration_location=False
+        )
         self._context.run()
         find = HardwareSource.HardwareSourceManager().get_hardware_source_for_hardware_source_id
         self._scan: Any = find(self._context.scan_module.device.scan_device_id)
