@@ -93,8 +93,9 @@ class NionInstrument:
             started_s = self._clock()
             try:
                 channels = self._spectra(region) if region.signal == "spectra" else self._images(region)
-            finally:
-                self._beam.close()
+            except BaseException:
+                self._beam.blank()  # and cancel: usim would go on with this scan when the next one is asked for
+                raise
             seconds = min(self._beam.seconds, region.pixels * region.dwell_time_s)
             return Shot(
                 channels=channels,
@@ -246,7 +247,7 @@ class Beam:
             return True
 
     def close(self) -> None:
-        """Blank after a pulse that was read to its end, or broke. Safe to repeat."""
+        """Blank after a pulse that was read to its end; nothing after a cut."""
         with self._lock:
             self._end(self._planned_s)
 
