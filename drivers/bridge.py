@@ -47,6 +47,8 @@ STATE_S = 0.05
 """How often the column is asked how it is, s."""
 SILENT_S = 2.0
 """Silence of the column after which nothing may be exposed, s."""
+WATCHDOG_S = 20.0
+"""How long a new watchdog may take until it watches, s."""
 BATCH = 64
 RESERVE_BYTES = 64 << 20
 """Room on the disk that is kept for the ledger, bytes."""
@@ -96,6 +98,7 @@ class Bridge:
         self._watchdog = _start_watchdog(path, self.folder)
         settled = self._settle_column(ready)
         self._desk = Desk(self.core, [*self._journal.bodies, *settled], self._spool, self._link)
+        self._await_watchdog()
         keys = KeyRing.load(settings.base / table.keys) if table.keys else None
         self._control = ControlServer(self._context, table.address, keys, simulated=self._capabilities.simulated)
         self._frames = BulkServer(self._context, table.frames_address, keys, self._desk.resolve)
@@ -249,6 +252,14 @@ class Bridge:
         self._control.send(route, m.encode(reply))
 
     # ------------------------------------------------------------ start and end
+
+    def _await_watchdog(self) -> None:
+        """Nobody is served before the watchdog has blanked the beam once and watches."""
+        until_s = time.monotonic() + WATCHDOG_S
+        while not self._word.watched(self.core.timing.heartbeat_s):
+            if time.monotonic() > until_s:
+                raise InstrumentFault(f"no watchdog after {WATCHDOG_S:g} s", f"see {self.folder / 'watchdog.log'}")
+            time.sleep(0.01)
 
     def _settle_column(self, ready: column.Ready) -> list[str]:
         """Blank, wait for a pulse that an earlier server left behind, settle the ledger, and make sure that column and

@@ -241,8 +241,10 @@ class MicroscopeContract:
 
     def _run(self, check: Callable[[Bench], None], folder: Path) -> None:
         bench = self.bench(folder)
-        check(bench)
-        bench.microscope.close()
+        try:
+            check(bench)
+        finally:
+            bench.microscope.close()
 
 
 def refused(call: Callable[[], object]) -> bool:

@@ -83,12 +83,9 @@ def write_bridge(
 
 def start(config: Path) -> Running:
     """Start the server; its column and watchdog come with it."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "drivers.bridge", str(config)],
-        stdout=subprocess.PIPE,
-        stderr=(config.parent / "bridge.log").open("ab"),
-        text=True,
-    )
+    with (config.parent / "bridge.log").open("ab") as log:
+        command = [sys.executable, "-m", "drivers.bridge", str(config)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
     if " at tcp://" not in line:

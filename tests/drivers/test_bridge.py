@@ -31,6 +31,33 @@ def expose(microscope, name, region):
     return microscope.expose(a_key(name), region, bound_charge(region, microscope.capabilities()))
 
 
+class Controller:
+    """A controller in a thread of its own (a driver belongs to one thread); ``result`` waits for ``work`` and raises
+    what it raised."""
+
+    def __init__(self, bridge, folder, work):
+        self._found = []
+        self._thread = threading.Thread(target=self._run, args=(bridge.driver(), folder, work))
+        self._thread.start()
+
+    def _run(self, driver, folder, work):
+        try:
+            microscope = driver.build(folder / "controller", folder, 0)
+            try:
+                self._found.append(work(microscope))
+            finally:
+                microscope.close()
+        except Exception as error:
+            self._found.append(error)
+
+    def result(self, timeout_s=40.0):
+        self._thread.join(timeout_s)
+        (found,) = self._found
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
 class TestOverTheBridge(MicroscopeContract):
     """The contract of every driver, with CURVE, a server, a watchdog and a column process in between."""
 
@@ -59,34 +86,32 @@ def test_spectra_stage_and_parking_are_refused_where_the_instrument_has_none(tmp
 
 
 def test_abort_ends_a_scan_within_a_tenth_of_a_second_and_a_ping_does_not_wait(tmp_path):
+    region = a_region(3.0)
+
+    def work(microscope):
+        outcome = expose(microscope, "long", region)
+        return outcome, microscope.fetch(a_key("long")).flags, bound_charge(region, microscope.capabilities())
+
     with running(tmp_path, real_time=True) as bridge:
-        microscope = bridge.driver().build(tmp_path / "client", tmp_path, 0)
         watcher = bridge.driver("observer").build(tmp_path / "watcher", tmp_path, 0)
-        until(lambda: not watcher.state().beam_on)
-        outcomes = []
-        region = a_region(3.0)
-        thread = threading.Thread(target=lambda: outcomes.append(expose(microscope, "long", region)))
-        thread.start()
+        controller = Controller(bridge, tmp_path, work)
         until(lambda: watcher.state().beam_on)
         pings = []
         for _ in range(50):
             before = time.perf_counter()
-            watcher.state()
+            watcher.ping()
             pings.append(time.perf_counter() - before)
         before = time.monotonic()
         watcher.blank()
         until(lambda: not watcher.state().beam_on)
         took = time.monotonic() - before
-        thread.join()
-        assert np.median(pings) < 0.01
-        assert took < 0.2
-        (outcome,) = outcomes
-        bound = bound_charge(region, microscope.capabilities())
-        assert outcome.state == "POST"
-        assert 0 < outcome.measured.electrons < 0.9 * bound.electrons
-        assert "partial" in microscope.fetch(a_key("long")).flags
+        outcome, flags, bound = controller.result()
         watcher.close()
-        microscope.close()
+    assert np.median(pings) < 0.02
+    assert took < 0.2
+    assert outcome.state == "POST"
+    assert 0 < outcome.measured.electrons < 0.9 * bound.electrons
+    assert "partial" in flags
 
 
 def test_limits_roles_and_leases(tmp_path):
@@ -172,35 +197,30 @@ def test_a_session_over_the_bridge_is_the_session_in_process(tmp_path):
 @pytest.mark.parametrize("victim", ["server", "watchdog"])
 def test_killed_in_the_middle_of_a_scan_nothing_is_forgotten(tmp_path, victim):
     """Server killed: the watchdog blanks, a new server charges the key in full. Watchdog killed: the server blanks."""
+    region = a_region(4.0)
+
+    def work(microscope):
+        long = expose(microscope, "long", region)
+        return long, expose(microscope, "after", a_region(0.01)), bound_charge(region, microscope.capabilities())
+
     with running(tmp_path, real_time=True) as bridge:
-        port = bridge.address.rsplit(":", 1)[1]
-        microscope = bridge.driver().build(tmp_path / "client", tmp_path, 0)
         watcher = bridge.driver("observer").build(tmp_path / "watcher", tmp_path, 0)
-        outcomes = []
-        region = a_region(4.0)
-        thread = threading.Thread(target=lambda: outcomes.append(expose(microscope, "long", region)))
-        thread.start()
+        controller = Controller(bridge, tmp_path, work)
         until(lambda: watcher.state().beam_on)
         kill(bridge.pids()[victim])
-        again = None
         if victim == "server":
             bridge.process.wait()
+            bridge.process.stdout.close()
             time.sleep(0.3)  # the watchdog's business
             path = tmp_path / "bridge.toml"
+            port = bridge.address.rsplit(":", 1)[1]
             path.write_text(path.read_text().replace("127.0.0.1:*", f"127.0.0.1:{port}"))
-            again = start(path)
-        thread.join(30)
-        try:
-            (outcome,) = outcomes
-            bound = bound_charge(region, microscope.capabilities())
-            meter = watcher.state().electrons
-            assert outcome.state == ("INDET" if victim == "server" else "POST")
-            charged = bound.electrons if victim == "server" else outcome.measured.electrons
-            assert 0 < meter <= charged
-            assert meter < 0.5 * bound.electrons
-            assert expose(microscope, "after", a_region(0.01)).state == "POST"
-            watcher.close()
-            microscope.close()
-        finally:
-            if again is not None:
-                end(tmp_path, again.process)
+            bridge.process = start(path).process
+        outcome, after, bound = controller.result()
+        meter = watcher.state().electrons
+        watcher.close()
+    assert outcome.state == ("INDET" if victim == "server" else "POST")
+    assert after.state == "POST"
+    charged = bound.electrons if victim == "server" else outcome.measured.electrons
+    assert 0 < meter <= charged + after.measured.electrons
+    assert meter < 0.5 * bound.electrons
