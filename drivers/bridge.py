@@ -34,10 +34,12 @@ from aecontrol.types import Capabilities, Charge, InstrumentState, Model, Positi
 from . import column_messages as column
 from .beat_word import BeatWord
 from .bridge_file import BridgeFile, read_bridge_file
+from .bulk import BulkServer
 from .column_link import Reply, connect_or_start
 from .desk import Desk
+from .gate import Gate, check_address
 from .keys import KeyRing
-from .sockets import BulkServer, ControlServer
+from .sockets import ControlServer
 from .spool import Spool, spooled_channels
 
 log = logging.getLogger(__name__)
@@ -70,44 +72,70 @@ class Bridge:
     """One running server. Building it brings everything up: column, ledger, watchdog, sockets; ``run`` serves."""
 
     def __init__(self, path: Path, settings: BridgeFile, table: BridgeTable, limits: InterlockLimits) -> None:
-        self._path, self._settings = path, settings
+        self._path = path
         self.folder = _private_folder(settings.base / table.folder)
-        self._lock = FolderLock(self.folder, LOCK)
-        self._stop = False
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        keys = KeyRing.load(settings.base / table.keys) if table.keys else None
+        for address in (table.address, table.frames_address):
+            check_address(address, keys)
         timing = m.Timing(
             heartbeat_s=settings.heartbeat.interval_s,
             lease_s=table.lease_s,
             away_s=table.away_s,
             deadline_s=table.deadline_s,
         )
-        self._link, ready = connect_or_start(self._context, path, self.folder)
-        self._capabilities = ready.capabilities
-        self._journal = Journal(self.folder / "ledger.sqlite")
-        _same_instrument(self._journal.bodies, self._capabilities)
-        ledger = Ledger.empty(self._capabilities)
-        self.core = core.Server(ledger, self._journal.bodies, limits, timing, uuid.uuid4().hex)
-        self._spool = Spool(self.folder / "spool", spooled_channels(self._capabilities))
-        self._word = BeatWord(self.folder)
-        self._word.claim()
+        self._stop = False
         self._pulses: dict[int, str] = {}
         self._moves: set[int] = set()
         self._state = InstrumentState(beam_on=False, clock_s=0.0)
         self._room_bytes = 0
+        with contextlib.ExitStack() as stack:
+            self._open(stack, keys, table, limits, timing)
+            self._resources = stack.pop_all()
+
+    def _open(
+        self,
+        stack: contextlib.ExitStack,
+        keys: KeyRing | None,
+        table: BridgeTable,
+        limits: InterlockLimits,
+        timing: m.Timing,
+    ) -> None:
+        """Bring everything up, in the order in which it must not fail; ``stack`` takes it down again."""
+        stack.callback(FolderLock(self.folder, LOCK).release)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        stack.callback(context.term)
+        self._link, ready = connect_or_start(context, self._path, self.folder)
+        stack.callback(self._link.close)
         self._heard_s = self._asked_s = time.monotonic()
-        self._watchdog = _start_watchdog(path, self.folder)
+        capabilities = ready.capabilities
+        gate = Gate(keys, capabilities.simulated)
+        stack.callback(gate.close)
+        self._gate = gate
+        self._journal = Journal(self.folder / "ledger.sqlite")
+        stack.callback(self._journal.close)
+        _same_instrument(self._journal.bodies, capabilities)
+        self.core = core.Server(Ledger.empty(capabilities), self._journal.bodies, limits, timing, uuid.uuid4().hex)
+        self._spool = Spool(self.folder / "spool", spooled_channels(capabilities))
+        self._word = BeatWord(self.folder)
+        stack.callback(self._word.close)
+        self._word.claim()
+        self._watchdog = _start_watchdog(self._path, self.folder)
+        stack.callback(self._end_watchdog)
         settled = self._settle_column(ready)
+        stack.callback(self._blank_and_disarm)
         self._desk = Desk(self.core, [*self._journal.bodies, *settled], self._spool, self._link)
         self._await_watchdog()
-        keys = KeyRing.load(settings.base / table.keys) if table.keys else None
-        self._control = ControlServer(self._context, table.address, keys, simulated=self._capabilities.simulated)
-        self._frames = BulkServer(self._context, table.frames_address, keys, self._desk.resolve)
-        self.core.frames_port = self._frames.port
+        self._frames = BulkServer(gate, table.frames_address, self._desk.resolve)
+        stack.callback(self._frames.close)
+        self.core.frames_port = int(self._frames.address.rsplit(":", 1)[1])
+        self._control = ControlServer(gate, table.address)
+        stack.callback(self._control.close)
 
     @property
     def address(self) -> str:
         """Where controllers connect."""
-        return self._control.address
+        address: str = self._control.address
+        return address
 
     def run(self) -> None:
         """Serve until :meth:`stop`. Raises StorageFault when the ledger cannot be written: the beam is then blanked,
@@ -121,7 +149,7 @@ class Bridge:
                 poller.poll(tick_ms)
                 self._turn()
         finally:
-            self._close()
+            self.close()
 
     def clear_latch(self, reason: str) -> None:
         """A person has looked at what latched this ledger. Raises BadInput when the reason says nothing."""
@@ -164,6 +192,8 @@ class Bridge:
             log.error("the watchdog has ended; starting another")
             self._blank("the watchdog is down")
             self._watchdog = _start_watchdog(self._path, self.folder)
+        while self._gate.refusals:
+            log.warning("turned away: %s", self._gate.refusals.popleft())
         silent = now_s - self._heard_s > SILENT_S
         self.core.facts = core.Facts(
             watchdog=self._word.watched(self.core.timing.heartbeat_s),
@@ -292,20 +322,20 @@ class Bridge:
         self._journal.extend(bodies)
         return bodies
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Blank first, whatever failed; then let go of everything. The column process goes on by itself."""
+        self._blank_and_disarm()
+        self._resources.close()
+
+    def _blank_and_disarm(self) -> None:
         with contextlib.suppress(InstrumentFault):
             self._link.ask(column.Blank(), ASK_S)
             self._word.armed = 0
-        self._frames.close()
-        self._control.close()
+
+    def _end_watchdog(self) -> None:
         self._watchdog.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._watchdog.wait(ASK_S)
-        self._link.close()
-        self._journal.close()
-        self._context.destroy(linger=0)
-        self._lock.release()
 
 
 def _private_folder(folder: Path) -> Path:

@@ -71,14 +71,14 @@ class Desk:
             yield route, m.Refusal(re=re, code="FAULT", reason=str(reply.message))
             return
         files = []
-        for part in reply.parts:
+        for part in (reply.message.model_dump_json().encode(), *reply.parts):
             sha = sha256_hex(part)
             path = self._spool.folder / f"{sha}.truth"
             write_durable(path, part)
             with self._lock:
                 self._files[sha] = path
             files.append(m.SpoolFile(sha256=sha, nbytes=len(part)))
-        yield route, m.Arrays(re=re, about=reply.message.model_dump_json(), files=files)
+        yield route, m.Arrays(re=re, files=files)
 
     def _status(self, request: m.Status, state: InstrumentState) -> m.Told:
         core = self._core

@@ -68,10 +68,7 @@ class Gate:
         """Bind ``socket`` behind the gate and prove that the gate works. ``address`` is ``tcp://IP:PORT``, a port of *
         takes any free one. Returns the address as bound. Raises BadInput for an address that must not or cannot be
         bound, InstrumentFault when the gate does not keep strangers out or lets nobody in."""
-        loopback, version = _parse(address)
-        if self._ring is None and not loopback:
-            raise BadInput(f"{address} can be reached from outside and the bridge has no keys", "make and use keys")
-        socket.ipv6 = version == 6
+        socket.ipv6 = check_address(address, self._ring) == 6
         socket.handshake_ivl = int(1000 * HANDSHAKE_S)
         if self._ring is not None:
             socket.zap_domain = DOMAIN.encode()
@@ -192,6 +189,14 @@ def knock(context: zmq.Context[zmq.Socket[bytes]], address: str, keys: ClientKey
     with context.socket(zmq.DEALER) as socket:
         secure(socket, keys)
         return join(socket, address)
+
+
+def check_address(address: str, ring: KeyRing | None) -> int:
+    """The IP version of an address at which a bridge with these keys may listen. Raises BadInput for any other."""
+    loopback, version = _parse(address)
+    if ring is None and not loopback:
+        raise BadInput(f"{address} can be reached from outside and the bridge has no keys", "make and use keys")
+    return version
 
 
 def _parse(address: str) -> tuple[bool, int]:

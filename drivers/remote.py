@@ -85,13 +85,14 @@ class RemoteMicroscope:
         told = self._arrays(region=region)
         return None if told is None else ideal_from(Ideal.model_validate_json(told[0], strict=True), told[1])
 
-    def _arrays(self, **what: object) -> tuple[str, list[bytes]] | None:
+    def _arrays(self, **what: object) -> tuple[bytes, list[bytes]] | None:
         if not self.capabilities().simulated:
             return None
         reply = self._client.ask(m.Truths, **what)
         if not isinstance(reply, m.Arrays):
             return None
-        return reply.about, [self._fetch_bytes(file.sha256, file.nbytes) for file in reply.files]
+        about, *arrays = [self._fetch_bytes(file.sha256, file.nbytes) for file in reply.files]
+        return about, arrays
 
     def close(self) -> None:
         """Give the lease back, which blanks, and close the connection."""

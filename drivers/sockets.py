@@ -159,11 +159,11 @@ class Dealer:
             raise InstrumentFault(f"the connection to {self._address} is lost", "connect again") from None
 
     def receive(self, timeout_s: float) -> bytes | None:
-        """The next answer, or None when none came in time. Answers of several parts or too long are dropped."""
+        """The next answer, or None when none came in time. Answers of several parts are dropped."""
         if not self._socket.poll(int(1000 * timeout_s)):
             return None
         parts = next_message(self._socket)
-        if parts is None or len(parts) > 1 or len(parts[0].buffer) > MAX_HEADER:
+        if parts is None or len(parts) > 1:
             return None
         return parts[0].bytes
 

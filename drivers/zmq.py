@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from aecontrol.durable import write_durable
+from aecontrol.errors import InstrumentFault
 from aecontrol.exposure.client import Client
 from aecontrol.journal import Journal
 from aecontrol.types import Model, Positive
 
 from .remote import RemoteMicroscope
+
+if TYPE_CHECKING:  # nothing of the network is loaded before a session connects
+    import zmq
+
+    from .keys import ClientKeys
+    from .sockets import Dealer
+
+log = logging.getLogger(__name__)
 
 
 class ZmqDriver(Model):
@@ -38,28 +48,32 @@ class ZmqDriver(Model):
     def build(self, folder: Path, base: Path, seed: int) -> RemoteMicroscope:
         """Connect. ``folder`` keeps the copy of the bridge's ledger and the name under which the lease is held. Raises
         InstrumentFault when nobody answers, BadInput for keys that cannot be used."""
+        import zmq
+
+        from .bulk import BulkClient
         from .keys import load_client
-        from .sockets import BulkClient, Dealer
 
         keys = None
         if self.secret_key is not None and self.server_key is not None:
             keys = load_client(base / self.secret_key, base / self.server_key)
         folder.mkdir(parents=True, exist_ok=True)
         mirror = Journal(folder / "ledger.sqlite")
-        dealer = Dealer(self.address, keys)
-        client = Client(dealer, mirror, _name(folder), time.monotonic, self.patience_s, force=self.force)
-
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        line = Line(context, self.address, keys)
+        client = Client(line, mirror, _name(folder), time.monotonic, self.patience_s, force=self.force)
         bulk: list[BulkClient] = []
 
         def fetch(sha256: str, nbytes: int) -> bytes:
             if not bulk:
                 host = self.address.rsplit(":", 1)[0]
-                bulk.append(BulkClient(f"{host}:{client.frames_port}", keys))
+                bulk.append(BulkClient(context, f"{host}:{client.frames_port}", keys))
             return bulk[0].fetch(sha256, nbytes, self.patience_s)
 
         def release() -> None:
-            for connection in (dealer, *bulk):
+            line.close()
+            for connection in bulk:
                 connection.close()
+            context.term()
             mirror.close()
 
         microscope = RemoteMicroscope(client, fetch, release)
@@ -69,6 +83,44 @@ class ZmqDriver(Model):
             release()
             raise
         return microscope
+
+
+class Line:
+    """A client's :class:`~aecontrol.exposure.client.Link`: a connection that is made when there is something to say,
+    and made anew when it was lost."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, keys: ClientKeys | None) -> None:
+        self.address = address
+        self._context, self._keys = context, keys
+        self._dealer: Dealer | None = None
+
+    def send(self, header: bytes) -> None:
+        """Hand a message over, or lose it: whoever sent it will notice that no answer comes."""
+        from .sockets import Dealer
+
+        try:
+            self._dealer = self._dealer or Dealer(self._context, self.address, self._keys)
+            self._dealer.send(header)
+        except InstrumentFault as error:
+            log.info("%s", error.what)
+            self.close()
+
+    def receive(self, timeout_s: float) -> bytes | None:
+        """The next message, or None when none came in time."""
+        if self._dealer is None:
+            time.sleep(timeout_s)
+            return None
+        return self._dealer.receive(timeout_s)
+
+    def reconnect(self) -> None:
+        """Drop the connection; the next message makes another, with a new routing id."""
+        self.close()
+
+    def close(self) -> None:
+        """Drop the connection."""
+        if self._dealer is not None:
+            self._dealer.close()
+        self._dealer = None
 
 
 def _name(folder: Path) -> str:

@@ -212,21 +212,23 @@ class Client:
         return self._outcomes.get(key)
 
     def _hold(self) -> m.Beating:
-        """A lease that is alive, on a bridge that fires nothing, and its clock."""
+        """A lease that is alive, on a bridge that nothing hinders, and its clock."""
         give_up = self._now() + self._patience_s
+        hindrance = ""
         while True:
             self._attach()
             reply = self._ask(m.Beat, ASK_S) if self._epoch is not None or self._acquire() else None
             if isinstance(reply, m.Beating) and reply.boot_id == self._boot_id:
-                if reply.live is None:
+                if not reply.hindrance:
                     return reply
-                self._wait(lambda: False, self._heartbeat_s)  # an earlier pulse of ours comes to its end
+                hindrance = reply.hindrance
+                self._wait(lambda: False, self._heartbeat_s)
             elif isinstance(reply, m.Refusal):
                 self._epoch = None
             else:
                 self._lost(give_up, "nothing was sent; `aecontrol resume` goes on")
             if self._now() > give_up:
-                raise InstrumentFault(f"{self._link.address} has been firing for {self._patience_s:g} s", "look at it")
+                raise InstrumentFault(f"the bridge could not expose for {self._patience_s:g} s: {hindrance}", "mend it")
 
     def _acquire(self) -> bool:
         known: dict[str, Any] = {"seq": self._mirror.seq, "head": self._mirror.head, "force": self._force}

@@ -265,6 +265,7 @@ class Beating(_Reply):
     boot_id: Name
     mono_ns: Count
     live: Sha256 | None = None
+    hindrance: str = Field("", description="why nothing can be exposed just now, though that will pass")
     seq: Count
     latched: str = ""
 
@@ -330,10 +331,9 @@ class Spooled(_Reply):
 
 
 class Arrays(_Reply):
-    """Arrays that can be fetched as files; ``about`` says what they are, as JSON."""
+    """Files that can be fetched: the first says in JSON what the others, .npy, are."""
 
     t: Literal["ARRAYS"] = "ARRAYS"
-    about: str
     files: list[SpoolFile]
 
 

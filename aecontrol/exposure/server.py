@@ -381,15 +381,21 @@ class Server:
             return f"STALE: {(now_ns - request.deadline_ns) / 1e9:.3f} s after its deadline"
         if refusal := self._renew(peer, request.epoch, request.tick, now_ns):
             return ": ".join(refusal)
+        if hindrance := self._hindrance(now_ns):
+            return hindrance
+        if isinstance(request, m.Expose):
+            return self._stage_elsewhere()
+        return None
+
+    def _hindrance(self, now_ns: int) -> str:
+        """Why nothing can be exposed just now, though that will pass; or ''."""
         if self.live is not None or self.moving is not None:
             return "BUSY: an exposure or a stage move is running"
         if not self.facts.watchdog:
             return "the watchdog is down"
         if self.facts.interlock:
             return f"interlock: {self.facts.interlock}"
-        if isinstance(request, m.Expose):
-            return self._stage_elsewhere()
-        return None
+        return over_rates(self._recent, now_ns / 1e9, 0.0, self.limits)
 
     def _stage_elsewhere(self) -> str | None:
         there, meant = self.facts.stage_nm, self.ledger.stage_nm
@@ -482,6 +488,7 @@ class Server:
             boot_id=self.boot_id,
             mono_ns=now_ns,
             live=self.live.key if self.live is not None else None,
+            hindrance=self._hindrance(now_ns),
             seq=len(self.heads) - 1,
             latched=self.ledger.latched,
         )

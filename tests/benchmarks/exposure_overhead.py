@@ -1,4 +1,4 @@
-"""What the protocol costs per exposure over a bridge with CURVE on loopback: python -m tests.benchmarks.exposure_overhead
+"""What an exposure costs over a bridge with CURVE on loopback: python -m tests.benchmarks.exposure_overhead
 
 Everything that a session does for one exposure but the pulse and the writing of frames: its own two journal records,
 EXPOSE with heartbeat and two ledger records at the bridge, finding and fetching the frame, acknowledging it, copying

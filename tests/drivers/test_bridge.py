@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from aecontrol.dose import bound_charge
-from aecontrol.errors import BadInput, InstrumentFault
+from aecontrol.errors import InstrumentFault
 from aecontrol.session import Session
 from aecontrol.types import Budget, ScanRegion
 from aecontrol.verify import compare_ledgers
@@ -22,9 +24,7 @@ from .running_bridge import end, kill, running, start, until, write_bridge
 
 def a_region(seconds=1.0, shape=(64, 64), fov=3.0, center=3.0, **more):
     dwell = seconds / (shape[0] * shape[1])
-    return ScanRegion(
-        center_nm=(center, center), fov_nm=(fov, fov), shape=shape, dwell_time_s=dwell, **more
-    )
+    return ScanRegion(center_nm=(center, center), fov_nm=(fov, fov), shape=shape, dwell_time_s=dwell, **more)
 
 
 def expose(microscope, name, region):
@@ -148,16 +148,16 @@ def test_a_wrong_key_is_silence_and_says_so(tmp_path):
             stranger.build(tmp_path / "client", tmp_path, 0)
 
 
-def test_a_real_instrument_or_a_reachable_address_needs_keys(tmp_path):
-    from drivers.bridge import open_bridge
-
+@pytest.mark.parametrize(
+    ("address", "word"), [("192.0.2.1:*", "no keys"), ("0.0.0.0:*", "every interface"), ("localhost:*", "IP address")]
+)
+def test_an_address_that_must_not_be_served_is_refused_before_anything_starts(tmp_path, address, word):
     path = write_bridge(tmp_path, keys=False)
-    path.write_text(path.read_text().replace("127.0.0.1", "0.0.0.0"))
-    try:
-        with pytest.raises(BadInput, match="keys"):
-            open_bridge(path)
-    finally:
-        end(tmp_path)
+    path.write_text(path.read_text().replace("127.0.0.1:*", address))
+    done = subprocess.run([sys.executable, "-m", "drivers.bridge", path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert not (tmp_path / "specimen" / "column.log").exists()
 
 
 def sessions(folder, driver):
