@@ -113,5 +113,3 @@ def server(folder, armed=True):
     finally:
         end(process.pid)
         process.wait()
-
-
