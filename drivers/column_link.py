@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 import time
 from collections import deque
@@ -128,7 +127,7 @@ def connect_or_start(
     a living one is and has fired is in the answer. Raises BadInput, and InstrumentFault when it does not come up."""
     column_address(folder)
     deadline = time.monotonic() + timeout_s
-    process = None if column_lives(folder) else _start(config, folder)
+    child = 0 if column_lives(folder) else _start(config, folder)
     while time.monotonic() < deadline:
         link = ColumnLink(context, folder)
         with contextlib.suppress(InstrumentFault):
@@ -137,22 +136,35 @@ def connect_or_start(
                 if isinstance(reply.message, Ready):
                     return link, reply.message
         link.close()
-        if (process is None or process.poll() is not None) and not column_lives(folder):
-            if process is not None and process.returncode:
-                raise InstrumentFault(f"the column process ended at once: {_log_tail(folder)}", "mend the backend")
-            process = _start(config, folder)
+        code = _exit_code(child) if child else 0
+        if code:
+            raise InstrumentFault(f"the column process ended at once: {_log_tail(folder)}", "mend the backend")
+        if code == 0:  # none of ours, or it found another in its place
+            child = 0 if column_lives(folder) else _start(config, folder)
     raise InstrumentFault(f"the column process did not answer within {timeout_s:g} s", f"see {folder / 'column.log'}")
 
 
-def _start(config: Path, folder: Path) -> subprocess.Popen[bytes]:
-    with open(folder / "column.log", "ab") as log:
-        return subprocess.Popen(
+def _start(config: Path, folder: Path) -> int:
+    """A process that is nobody's: not ended with its starter, nor by what is typed at its starter's terminal."""
+    log = os.open(folder / "column.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.posix_spawn(
+            sys.executable,
             [sys.executable, "-m", "drivers.column_host", str(config), str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((nothing, 0), (log, 1), (log, 2))],
+            setsid=True,
         )
+    finally:
+        os.close(log)
+        os.close(nothing)
+
+
+def _exit_code(child: int) -> int | None:
+    """Exit code of a child that has ended; None while it runs."""
+    ended, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
 
 
 def _log_tail(folder: Path) -> str:

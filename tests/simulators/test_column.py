@@ -6,7 +6,7 @@ from skimage.registration import phase_cross_correlation
 
 from aecontrol.types import ScanRegion
 from aecontrol.units import electrons_per_second
-from simulators.column import CURRENT_LIMIT, SimulatedColumn
+from simulators.column import CURRENT_LIMIT, BeamStopped, SimulatedColumn, block_lines
 from simulators.damage import Damage
 from simulators.detector import Detector
 from simulators.optics import Optics
@@ -111,6 +111,31 @@ def test_a_pulse_that_breaks_off_has_delivered_its_first_lines_and_no_more():
     assert np.all(simulated.fluence_at_atoms() <= whole.fluence_at_atoms() * (1 + 1e-9) + 1e-6)
     simulated.on_line_block = None
     assert simulated.fire(1, region()).started_s == pytest.approx(10 * (36 * 2e-5 + 200e-6))
+
+
+@settings(max_examples=10, deadline=None)
+@given(where=REGIONS, share=st.floats(0.0, 1.0))
+def test_a_stopped_frame_is_the_beginning_of_the_whole_one(where, share):
+    whole, stopped = column(), column()
+    blocks = -(-where.shape[0] // block_lines(where.shape[0]))
+    last = min(int(share * blocks), blocks - 1)
+    calls = []
+
+    def stop(ordinal, electrons):
+        calls.append(electrons)
+        if len(calls) == last + 1:
+            raise BeamStopped
+
+    stopped.on_line_block = stop
+    full, part = whole.fire(0, where), stopped.fire(0, where)
+    rows = part.pixels // where.shape[1]
+    assert rows == min((last + 1) * block_lines(where.shape[0]), where.shape[0])
+    assert np.array_equal(part.channels["HAADF"][:rows], full.channels["HAADF"][:rows])
+    assert not part.channels["HAADF"][rows:].any()
+    assert part.electrons == stopped.meter == calls[-1]
+    assert ("partial" in part.flags) == (rows < where.shape[0])
+    assert part.seconds == pytest.approx(stopped.clock_s)
+    assert stopped.tile_fluence().sum() * 100 == pytest.approx(stopped.meter, abs=1.0)
 
 
 def test_damage_shows_in_later_lines_only():
