@@ -32,7 +32,7 @@ MAX_BYTES = 1 << 34  # of one file: 16 GiB
 MAX_REQUEST = 1 << 10
 PIPELINE = 4  # chunks asked for ahead
 QUEUE = 2 * PIPELINE  # libzmq returns room in halves: less would drop chunks of an honest client
-STALL_S = 1.0  # without a chunk, before a connection is given up
+STALL_S = 2.0  # without a chunk, before a connection that seems alive is given up
 PAUSE_S = 0.2  # between attempts to connect
 
 
@@ -178,8 +178,7 @@ class BulkClient:
                 except zmq.Again:
                     return self.close()
                 asked += size
-            wait = min(STALL_S, until - time.monotonic())
-            parts = next_message(socket) if wait > 0 and socket.poll(int(1000 * wait) + 1) else None
+            parts = next_message(socket) if _arrives(socket, min(until, time.monotonic() + STALL_S)) else None
             chunk = None if parts is None else self._checked(parts, sha256, nbytes, have)
             if chunk is None:
                 return self.close()
@@ -215,3 +214,14 @@ class BulkClient:
                     raise
                 time.sleep(PAUSE_S)
         return self._socket
+
+
+def _arrives(socket: zmq.Socket[bytes], until: float) -> bool:
+    """True once a message can be read; False at ``until``, or as soon as the connection is lost: a socket that queues
+    nothing for an absent peer then takes no more messages."""
+    while (left := until - time.monotonic()) > 0:
+        if socket.poll(int(1000 * min(left, 0.05)) + 1):
+            return True
+        if not socket.poll(0, zmq.POLLOUT):
+            return False
+    return False

@@ -25,7 +25,7 @@ from .keys import ClientKeys, KeyRing, Role, decode_key
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
 DOMAIN = "aecontrol"
 LOCAL = "local"  # who a peer is on a simulated bridge without keys
-HANDSHAKE_S = 3.0
+HANDSHAKE_S = 2.0
 BURST, PER_SECOND = 64, 4.0  # connections that one key may open at once, and then per second
 
 Knock = Literal["admitted", "refused", "no answer"]

@@ -11,7 +11,7 @@ import zmq
 
 from aecontrol.errors import InstrumentFault
 
-from .gate import Gate, join, secure
+from .gate import HANDSHAKE_S, Gate, join, secure
 from .keys import ClientKeys, Role
 
 MAX_HEADER = 16 << 10
@@ -140,7 +140,11 @@ class Dealer:
     """
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], address: str, keys: ClientKeys | None, seconds: float = 3.0
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        keys: ClientKeys | None,
+        seconds: float = HANDSHAKE_S,
     ) -> None:
         self._address = address
         self._socket = dealer(context, address, keys, CONTROL_LANE, MAX_FRAME, seconds)

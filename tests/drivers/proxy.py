@@ -20,6 +20,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections import defaultdict
 from types import TracebackType
 from typing import Literal
@@ -99,36 +100,43 @@ class TcpProxy:
 
     def _carry(self, source: socket.socket, sink: socket.socket, direction: Direction, number: int) -> None:
         """Carry bytes one way until either end closes."""
-        while not self._ended.is_set():
-            fault = self.fault if self.direction in (direction, "both") else ""
-            if fault == "stall" or (fault == "trickle" and self._ended.wait(1.0)):
-                self._ended.wait(TICK_S)
-                continue
+        cut = False
+        while not (cut or self._ended.is_set()):
             try:
-                piece = source.recv(1 if fault == "trickle" else PIECE)
+                piece = source.recv(PIECE)
                 if not piece:
                     break
                 if self._record and direction == "up":
                     self.recorded[number] += piece
-                send_all(sink, self._spoilt(piece, fault), self._ended)
+                cut = self._pass(piece, sink, direction)
             except TimeoutError:
                 continue
             except OSError:
                 break
-            if fault == "truncate":
-                break
         reset(source)
         reset(sink)
 
-    def _spoilt(self, piece: bytes, fault: Fault) -> bytes:
+    def _now(self, direction: Direction) -> Fault:
+        return self.fault if self.direction in (direction, "both") and not self._ended.is_set() else ""
+
+    def _pass(self, piece: bytes, sink: socket.socket, direction: Direction) -> bool:
+        """Hand on what is left of one piece; True when the connection has to be cut after it."""
+        while self._now(direction) == "stall":
+            time.sleep(TICK_S)
+        while piece and self._now(direction) == "trickle":
+            send_all(sink, piece[:1], self._ended)
+            piece = piece[1:]
+            self._ended.wait(1.0)
+        fault = self._now(direction)
         if fault == "half-open":
-            return b""
-        if fault == "truncate":
-            return piece[: len(piece) // 2]
-        if fault == "flip":
+            piece = b""
+        elif fault == "truncate":
+            piece = piece[: len(piece) // 2]
+        elif fault == "flip" and piece:
             bit = self._random.randrange(8 * len(piece))
-            return piece[: bit // 8] + bytes([piece[bit // 8] ^ 1 << bit % 8]) + piece[bit // 8 + 1 :]
-        return piece
+            piece = piece[: bit // 8] + bytes([piece[bit // 8] ^ 1 << bit % 8]) + piece[bit // 8 + 1 :]
+        send_all(sink, piece, self._ended)
+        return fault == "truncate"
 
 
 def send_all(sink: socket.socket, data: bytes, ended: threading.Event) -> None:
