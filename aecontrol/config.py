@@ -13,7 +13,18 @@ from pydantic import Field, model_validator
 from aecontrol.errors import BadInput
 from aecontrol.protocols import Microscope, Perceiver, Policy
 from aecontrol.registry import GROUPS, build_part, kinds, part_class, validate
-from aecontrol.types import Budget, Count, Model, NonNegative, OverviewPlan, Plan, Positive, ScanPlan, StopRules
+from aecontrol.types import (
+    Budget,
+    Count,
+    DriftPlan,
+    Model,
+    NonNegative,
+    OverviewPlan,
+    Plan,
+    Positive,
+    ScanPlan,
+    StopRules,
+)
 
 MAX_CONFIG_BYTES = 1 << 20
 Device = Literal["auto", "cpu", "cuda"]
@@ -61,6 +72,7 @@ class Tables(Model):
     session: SessionTable
     overview: OverviewPlan | None = None
     scan: ScanPlan
+    drift: DriftPlan | None = None
     budget: Budget
     stop: StopRules = StopRules()
     compare: CompareTable | None = None
@@ -91,6 +103,7 @@ class SessionConfig:
         return Plan(
             overview=t.overview,
             scan=t.scan,
+            drift=t.drift,
             budget=t.budget,
             stop=t.stop,
             decision_seconds=t.session.decision_seconds,

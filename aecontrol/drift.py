@@ -106,7 +106,8 @@ class _Match:
         a, b = ((each - each[middle].mean()) / each[middle].std() for each in (a, b))
         smooth_a, smooth_b = (gaussian_filter(each, SMOOTHING_PX) for each in (a, b))
         core = smooth_a[middle]
-        fit, raw = match_template(smooth_b, core), match_template(b, a[middle])
+        fit: Floats = match_template(smooth_b, core)  # type: ignore[no-untyped-call]
+        raw: Floats = match_template(b, a[middle])  # type: ignore[no-untyped-call]
         row, col = peak = _highest(fit)
         rows, cols = core.shape
         differ = gaussian_filter((a[middle] - b[row : row + rows, col : col + cols]) ** 2, NOISE_PX)
@@ -190,7 +191,8 @@ def _summit(fit: Floats, peak: tuple[int, int]) -> Floats:
     slope, hessian = _paraboloid(fit, middle)
     if not (hessian[0, 0] < 0.0 and np.linalg.det(hessian) > 0.0):
         return np.array(peak, float)
-    return np.array(peak) + np.clip(middle - np.array(peak) - np.linalg.solve(hessian, slope), -0.5, 0.5)
+    away: Floats = middle - np.array(peak) - np.linalg.solve(hessian, slope)
+    return np.array(peak) + np.clip(away, -0.5, 0.5)
 
 
 def _height(fit: Floats, place: Floats) -> float:
