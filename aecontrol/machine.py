@@ -212,7 +212,7 @@ class Drift:
     """Where the specimen is, as far as that has been measured."""
 
     shift_nm: tuple[float, float] = (0.0, 0.0)  # how far it had moved in the instrument's field when last measured
-    rate_nm: tuple[float, float] = (0.0, 0.0)  # and how far it moved from one exposure to the next before that
+    rate_nm: tuple[float, float] | None = None  # and how far it moved from one exposure to the next before that
     reference: str = ""  # key of the first frame of the reference region; empty: there is none yet
     since: int = 0  # exposures since the last accepted measurement, others of the reference region among them
     stale: bool = False  # nobody knows how much time has passed since then
@@ -225,7 +225,9 @@ class Drift:
     @property
     def expected_nm(self) -> tuple[float, float]:
         """Where the specimen will be at the next exposure if it goes on moving as it did."""
-        steps = self.since + 1 if self.reference else 0
+        if self.rate_nm is None:
+            return self.shift_nm
+        steps = self.since + 1
         return self.shift_nm[0] + steps * self.rate_nm[0], self.shift_nm[1] + steps * self.rate_nm[1]
 
 
@@ -389,11 +391,12 @@ def _now(state: State, region: ScanRegion) -> ScanRegion:
 
 
 def _drift_is_due(state: State) -> bool:
-    """True when the next exposure must wait for a measurement of drift."""
+    """True when the next exposure must wait for a measurement of drift: the first two follow each other, for one does
+    not tell how fast the specimen moves."""
     drift, plan = state.drift, state.plan.drift
     if plan is None:
         return False
-    return not drift.reference or drift.stale or drift.unmeasured > 0 or drift.since >= plan.every
+    return drift.rate_nm is None or drift.stale or drift.unmeasured > 0 or drift.since >= plan.every
 
 
 def _once_measured(state: State) -> State:
@@ -467,6 +470,7 @@ def _follow_drift(state: State, plan: DriftPlan) -> FollowPlan | Finish:
     why = "the reference to which later scans of this region are compared"
     if drift.reference:
         why = f"{drift.since} exposures since drift was measured"
+        why = "how fast the specimen moves is not known yet" if drift.rate_nm is None else why
         why = "time has passed since drift was measured" if drift.stale else why
     explanation = Explanation(policy="drift", why=why)
     return FollowPlan(-(drift.begun + 1), Scan(regions=(region,), role="drift", explanation=explanation))
