@@ -351,6 +351,8 @@ def refusal(state: State, region: ScanRegion, bound: Charge, before_s: float = 0
 
 def preflight(plan: Plan, capabilities: Capabilities) -> None:
     """Raise BadInput for a plan that this instrument cannot carry out within its budget, before any dose."""
+    if plan.drift is not None and capabilities.pixel_size_nm is not None:
+        raise BadInput("drift cannot be followed on a record, whose pixels stand still", "leave out the table [drift]")
     state = State(session="", seed=0, plan=plan, capabilities=capabilities)
     state = replace(state, tiles=TileMap.of(state.bounded))
     margin = plan.drift.margin_nm if plan.drift is not None else 0.0
@@ -469,7 +471,7 @@ def _follow_drift(state: State, plan: DriftPlan) -> FollowPlan | Finish:
         return Finish(Stopped(cause="budget", reason=f"drift cannot be measured any more: {reason}"))
     why = "the reference to which later scans of this region are compared"
     if drift.reference:
-        why = f"{drift.since} exposures since drift was measured"
+        why = f"exposures since drift was measured: {drift.since}"
         why = "how fast the specimen moves is not known yet" if drift.rate_nm is None else why
         why = "time has passed since drift was measured" if drift.stale else why
     explanation = Explanation(policy="drift", why=why)

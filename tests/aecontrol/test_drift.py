@@ -16,7 +16,7 @@ from aecontrol.config import parse
 from aecontrol.drift import measure_shift
 from aecontrol.errors import BadInput
 from aecontrol.events import DriftMeasured, Resumed
-from aecontrol.machine import State, fold
+from aecontrol.machine import State, fold, preflight
 from aecontrol.report import write_report
 from aecontrol.scoring import match
 from aecontrol.session import Session, read_events
@@ -25,7 +25,7 @@ from aecontrol.verify import compare_ledgers, verify_session
 from drivers.faults import FaultyColumn
 from simulators.setup import ColumnSetup
 
-from .parts import REFERENCE, DriftingColumn, configuration
+from .parts import CAPABILITIES, REFERENCE, DriftingColumn, configuration
 from .test_session import TAME, resume, run
 
 AMPLE = Budget(electrons=10**7, peak_fluence_e_per_A2=50_000.0)
@@ -86,12 +86,14 @@ def campaign(kind: str, counts: float, limit_nm: float, trials: int, seed: int =
     ],
 )
 def test_accepted_shifts_are_true_and_their_errors_as_claimed(kind, counts, limit_nm, least):
-    accepted, wrong, pull = campaign(kind, counts, limit_nm, 20)
-    print(f"{kind}, {counts} counts, {limit_nm} nm: {accepted}/20 accepted, {wrong} wrong, pull {pull:.2f}")
+    accepted, wrong, pull = campaign(kind, counts, limit_nm, 12)
+    print(f"{kind}, {counts} counts, {limit_nm} nm: {accepted}/12 accepted, {wrong} wrong, pull {pull:.2f}")
     assert wrong == 0
-    assert accepted >= least * 20
-    assert accepted == 0 or (least == 0.0 and accepted == 1) or 0.5 < pull < 1.6
-    assert (kind, limit_nm) != ("lattice", 0.4) or accepted == 0
+    if least:
+        assert accepted >= least * 12
+        assert 0.5 < pull < 1.6
+    else:
+        assert accepted == 0
 
 
 def test_unrelated_frames_are_refused():
@@ -278,6 +280,13 @@ def test_a_plan_that_cannot_measure_is_refused():
         DriftPlan(**{**table, "limit_nm": 0.3})
     with pytest.raises(ValueError, match="32 rows"):
         DriftPlan(**{**table, "shape": (31, 64)})
+    plan = configuration(TAME, DriftingColumn(), AMPLE, drift=REFERENCE).plan
+    with pytest.raises(BadInput, match="reference region cannot be taken"):
+        preflight(plan.model_copy(update={"budget": Budget(electrons=1000)}), CAPABILITIES)
+    with pytest.raises(BadInput, match="on a record"):
+        preflight(plan, CAPABILITIES.model_copy(update={"pixel_size_nm": 0.02}))
+    with pytest.raises(BadInput, match=r"drift\.margin_nm"):
+        preflight(plan.model_copy(update={"drift": REFERENCE.model_copy(update={"margin_nm": 1.1})}), CAPABILITIES)
 
 
 # ---------------------------------------------------------------- the shipped configuration, shorter
@@ -288,7 +297,7 @@ def vacancies(folder: Path, **changes) -> tuple[int, int, float, State]:
     raw = tomllib.loads((CONFIGS / "mos2_drift.toml").read_text())
     raw["driver"]["specimen"]["size_nm"], raw["drift"]["center_nm"] = [20.0, 20.0], [10.0, 10.0]
     raw["driver"]["specimen"]["vacancies"]["background_fraction"] = 0.05
-    raw["policy"], raw["budget"]["electrons"] = {"kind": "serpentine"}, 500_000_000
+    raw["policy"], raw["budget"]["electrons"] = {"kind": "serpentine"}, 350_000_000
     raw["driver"]["scan"] |= changes.pop("scan", {})
     if not changes.pop("follow", True):
         raw.pop("drift")
@@ -317,5 +326,5 @@ def test_following_the_drift_finds_what_a_still_specimen_shows(tmp_path):
     assert runs["followed"][1] >= 0.95 * runs["still"][1]
     assert runs["followed"][2] < 0.03
     assert runs["not followed"][1] < 0.5 * runs["not followed"][0]
-    assert np.hypot(*runs["followed"][3].drift.shift_nm) > 0.9
+    assert np.hypot(*runs["followed"][3].drift.shift_nm) > 0.7
     assert verify_session(tmp_path / "followed")["differences"] == []
