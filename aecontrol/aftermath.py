@@ -16,7 +16,7 @@ import numpy as np
 from aecontrol.config import SessionConfig, parse
 from aecontrol.dose import bound_charge
 from aecontrol.durable import write_durable
-from aecontrol.events import Decided
+from aecontrol.events import Decided, step_text
 from aecontrol.machine import State
 from aecontrol.protocols import HasTruth, Truth
 from aecontrol.scoring import recall_curve, score
@@ -101,7 +101,7 @@ def contract_of(folder: Path, state: State, truth: Truth | None, wall_seconds: f
             "p95": float(np.percentile(steps, 95)) if steps else None,
         },
         "wall_seconds": wall_seconds,
-        "decisions": [_decision(d) for d in state.decisions if d.decision.kind == "scan"],
+        "decisions": [_decision(d) for d in state.decisions if d.decision.kind == "scan" and d.step >= 0],
     }
 
 
@@ -135,7 +135,7 @@ def _positions(state: State) -> Any:
 
 
 def _curve(state: State, truth: Truth | None) -> dict[str, list[float]]:
-    """Charge after the overview and after every sub-scan, with the finds and the true finds so far."""
+    """Charge after every exposure, with the finds and the true finds so far."""
     charges: list[float] = []
     finds: list[Any] = []
     by_key = {scan.key: scan.observation for scan in state.scans}
@@ -230,7 +230,7 @@ def _lines(folder: Path, state: State, summary: dict[str, Any], unit: str) -> li
     for record in state.keys.values():
         if record.state == "INDET":
             kept = "frame kept" if record.digests else "frame lost"
-            lines.append(f"step {record.step}: interrupted exposure, charged in full at its bound, {kept}")
+            lines.append(f"{step_text(record.step)}: interrupted exposure, charged in full at its bound, {kept}")
     lines.append(f"report: {folder / 'report.html'}")
     return lines
 

@@ -13,7 +13,18 @@ from aecontrol.errors import BadInput
 from aecontrol.protocols import Microscope, Perceiver, Policy
 from aecontrol.registry import GROUPS, build_part, kinds, part_class, validate
 from aecontrol.toml_file import read_toml
-from aecontrol.types import Budget, Count, Model, NonNegative, OverviewPlan, Plan, Positive, ScanPlan, StopRules
+from aecontrol.types import (
+    Budget,
+    Count,
+    DriftPlan,
+    Model,
+    NonNegative,
+    OverviewPlan,
+    Plan,
+    Positive,
+    ScanPlan,
+    StopRules,
+)
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -60,6 +71,7 @@ class Tables(Model):
     session: SessionTable
     overview: OverviewPlan | None = None
     scan: ScanPlan
+    drift: DriftPlan | None = None
     budget: Budget
     stop: StopRules = StopRules()
     compare: CompareTable | None = None
@@ -90,6 +102,7 @@ class SessionConfig:
         return Plan(
             overview=t.overview,
             scan=t.scan,
+            drift=t.drift,
             budget=t.budget,
             stop=t.stop,
             decision_seconds=t.session.decision_seconds,

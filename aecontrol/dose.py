@@ -34,7 +34,7 @@ def bound_charge(region: ScanRegion, capabilities: Capabilities) -> Charge:
     rate = electrons_per_second(capabilities.beam_current_pA) * (1 + capabilities.current_tolerance)
     parked = rate * capabilities.blanker_latency_s
     peak = None
-    if (error_nm := capabilities.position_error_nm) is not None:
+    if (error_nm := capabilities.beam_error_nm) is not None:
         back = rate * back_s * _way_back_share(region, error_nm)
         peak = tile_fluence(region, math.ceil(rate * dwell_s), error_nm) + fluence_e_per_A2(back + parked, TILE_NM**2)
     return Charge(
@@ -126,7 +126,7 @@ class TileMap:
     @classmethod
     def of(cls, capabilities: Capabilities) -> TileMap:
         """An empty map of an instrument's field."""
-        return cls(capabilities.field_nm, error_nm=capabilities.position_error_nm or 0.0)
+        return cls(capabilities.field_nm, error_nm=capabilities.beam_error_nm or 0.0)
 
     def touched(self, region: ScanRegion) -> NDArray[np.bool_]:
         """Mask of the tiles that meet ``region`` dilated by 1 nm and the position error (a superset: exact at any
@@ -220,7 +220,7 @@ def over_budget(
         if limit is None:
             continue
         if after is None:
-            why = "the instrument does not meter them, or the beam drifts without a bound"
+            why = "the instrument does not meter them, or the beam drifts without a bound ([drift] would give it one)"
             return f"a budget of {limit:g} {name} cannot be kept: {why}"
         if after > limit:
             return f"it would bring the charge to {after:.6g} {name}; the budget is {limit:.6g}"

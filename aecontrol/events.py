@@ -48,7 +48,7 @@ class Resumed(Model):
 
 
 class Decided(Model):
-    """A decision was taken (step 0 is the overview)."""
+    """A decision was taken (step 0 is the overview, sub-scans count up from 1, drift measurements down from -1)."""
 
     kind: Literal["decided"] = "decided"
     step: int
@@ -119,6 +119,20 @@ class Perceived(Model):
     note: str = ""
 
 
+class DriftMeasured(Model):
+    """A frame of the reference region told how far the specimen has moved in the instrument's field, or not
+    (``accepted`` False): then ``shift_nm`` is the last one known, and ``reason`` says why. The first frame accepted is
+    the reference itself."""
+
+    kind: Literal["drift_measured"] = "drift_measured"
+    key: Sha256
+    shift_nm: tuple[float, float]
+    sigma_nm: NonNegative = Field(description="standard deviation per axis")
+    quality: NonNegative = Field(description="standard deviations by which this fits better than anything else")
+    accepted: bool
+    reason: str = ""
+
+
 class ModelUpdated(Model):
     """An embedding was trained."""
 
@@ -167,12 +181,19 @@ SessionEvent = Annotated[
     | Indeterminate
     | Recorded
     | Perceived
+    | DriftMeasured
     | ModelUpdated
     | Reembedded
     | Paused
     | Stopped,
     Field(discriminator="kind"),
 ]
+
+
+def step_text(step: int) -> str:
+    """A step's number for people."""
+    return f"drift measurement {-step}" if step < 0 else f"step {step}"
+
 
 _ADAPTER: TypeAdapter[SessionEvent] = TypeAdapter(SessionEvent)
 

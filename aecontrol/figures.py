@@ -27,7 +27,7 @@ from aecontrol.canvas import (
     place_image,
     scale_bar,
 )
-from aecontrol.events import Decided, SessionEvent
+from aecontrol.events import Decided, DriftMeasured, SessionEvent
 from aecontrol.exposure import KeyRecord
 from aecontrol.machine import ScanRecord, State
 from aecontrol.scoring import match
@@ -467,6 +467,45 @@ def _curves(summary: dict[str, Any], own: dict[str, Any]) -> Iterator[tuple[str,
     for k, (kind, other) in enumerate(summary.get("comparison", {}).items()):
         if (other.get("curve") or {}).get("charge"):
             yield kind, other["curve"], _LINES[k % len(_LINES)], 1.5
+
+
+# ---------------------------------------------------------------- how it drifted
+
+
+def drift_of(record: Record) -> list[tuple[float, DriftMeasured]]:
+    """Every measurement of drift with the instrument's clock (s) at its frame, in order."""
+    frames = record.state.frames
+    return [(frames[event.key].started_s, event) for event in record.events if isinstance(event, DriftMeasured)]
+
+
+def draw_drift(record: Record) -> Figure | str:
+    """How far the specimen had moved at each measurement, with three standard deviations; refused ones marked."""
+    measured = drift_of(record)
+    if not measured:
+        return "Drift was not measured."
+    figure = new_figure(7.0, 3.4)
+    ax = figure.subplots()
+    good = [(clock, event) for clock, event in measured if event.accepted]
+    for axis, colour in ((0, ACCENT), (1, "#D55E00")):
+        ax.errorbar(
+            [clock for clock, _ in good],
+            [event.shift_nm[axis] for _, event in good],
+            [3.0 * event.sigma_nm for _, event in good],
+            fmt="o-",
+            ms=3,
+            lw=1.2,
+            capsize=2,
+            color=colour,
+            label=f"along {'xy'[axis]} (bars: 3 standard deviations)",
+        )
+    refused = [(clock, event.shift_nm[axis]) for clock, event in measured if not event.accepted for axis in (0, 1)]
+    if refused:
+        ax.plot(
+            *zip(*refused, strict=True), "x", color=WRONG, ms=8, mew=2, label="refused; drawn where it was expected"
+        )
+    ax.set(xlabel="instrument clock / s", ylabel="shift / nm", title="where the specimen had moved to")
+    ax.legend()
+    return figure
 
 
 def _budget(record: Record) -> float | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from aecontrol.config import SessionConfig
 from aecontrol.events import (
     Decided,
+    DriftMeasured,
     Indeterminate,
     InstrumentReady,
     ModelUpdated,
@@ -27,6 +28,7 @@ from aecontrol.events import (
     SessionEvent,
     Stopped,
     Voided,
+    step_text,
 )
 from aecontrol.machine import State
 from aecontrol.types import ScanRegion
@@ -170,7 +172,12 @@ def _notice(event: SessionEvent) -> str | None:
             kind = "record" if c.unit == "pixels" else "simulated specimen" if c.simulated else "instrument"
             return f"{kind}: {c.identity}, field {c.field_nm[0]:.3g} x {c.field_nm[1]:.3g} nm, metered in {c.unit}"
         case Refused():
-            return f"step {event.step}: refused by the guard: {event.reason}"
+            return f"{step_text(event.step)}: refused by the guard: {event.reason}"
+        case DriftMeasured():
+            (x, y), sigma = event.shift_nm, event.sigma_nm
+            if not event.accepted:
+                return f"drift could not be measured: {event.reason}"
+            return f"drift: the specimen has moved by ({x:.3f}, {y:.3f}) nm, give or take {sigma:.3f} nm"
         case Voided():
             return f"exposure {event.key[:12]} was refused by the instrument: {event.reason}"
         case Indeterminate():
@@ -240,7 +247,7 @@ class LiveView:
         self._phase = _NEXT.get(state.phase, "")
         if isinstance(event, Decided) and event.decision.kind == "scan":
             place = region_text(event.decision.regions[0])
-            self._why = _clean(f"step {event.step}, {place}: {event.decision.explanation.why}")
+            self._why = _clean(f"{step_text(event.step)}, {place}: {event.decision.explanation.why}")
         if not self._steps:  # a resumed session has found something before this view was opened
             self._found = len(state.found())
         if text := _notice(event):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from aecontrol.canvas import draw_png
 from aecontrol.durable import write_durable
 from aecontrol.events import (
     Decided,
+    DriftMeasured,
     Indeterminate,
     InstrumentReady,
     ModelUpdated,
@@ -32,16 +34,19 @@ from aecontrol.events import (
     Resumed,
     SessionStarted,
     Voided,
+    step_text,
 )
 from aecontrol.exposure import KeyRecord
 from aecontrol.figures import (
     Record,
     draw_belief,
     draw_dose,
+    draw_drift,
     draw_finds,
     draw_latents,
     draw_picture,
     draw_visits,
+    drift_of,
     last_belief,
 )
 from aecontrol.machine import State, fold
@@ -100,6 +105,7 @@ def render(record: Record) -> str:
         _picture("What the policy believed", lambda: draw_belief(record), _belief_caption(record)),
         _picture("What the patches look like", lambda: draw_latents(record), _latents_caption(record)),
         _picture("What it cost", lambda: draw_dose(record), _dose_caption(record), _ledger_table(record)),
+        *_drift_section(record),
         _section(
             "Interruptions and faults", _list(_incidents(record), "None: every exposure was carried out and read.")
         ),
@@ -231,6 +237,28 @@ def _dose_caption(record: Record) -> str:
     return text
 
 
+def _drift_section(record: Record) -> list[str]:
+    if record.state.plan.drift is None:
+        return []
+    return [_picture("How it drifted", lambda: draw_drift(record), _drift_caption(record))]
+
+
+def _drift_caption(record: Record) -> str:
+    measured, keys = drift_of(record), record.state.keys.values()
+    good = [(clock, event) for clock, event in measured if event.accepted]
+    spent, total = (sum(record.amount(r.charge) for r in keys if r.step < first) for first in (0, math.inf))
+    text = (
+        f"{len(measured)} measurements, {len(measured) - len(good)} of them refused, cost {_number(spent)} "
+        f"{record.unit}, {100 * spent / max(total, 1):.1f} % of what was charged."
+    )
+    if len(good) < 2 or good[-1][0] <= good[0][0]:
+        return text
+    seconds = good[-1][0] - good[0][0]
+    x, y = (now - then for now, then in zip(good[-1][1].shift_nm, good[0][1].shift_nm, strict=True))
+    moved = f" The specimen moved by ({x:.3g}, {y:.3g}) nm in {seconds:.3g} s, {math.hypot(x, y) / seconds:.2g} nm/s."
+    return text + moved
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -238,7 +266,7 @@ def _ledger_table(record: Record) -> str:
     state = record.state
     charged, budget = state.charged, state.plan.budget
     metered = record.unit == "electrons"
-    bounded = state.capabilities is None or state.capabilities.position_error_nm is not None
+    bounded = state.capabilities is None or state.bounded.beam_error_nm is not None
     peak = float(state.tiles.fluence.max(initial=0.0)) if state.tiles is not None else 0.0
     measured = "measured; interrupted exposures at their bound"
     of_electrons = measured if metered else "unknown dose"
@@ -254,7 +282,7 @@ def _ledger_table(record: Record) -> str:
             "peak fluence in a 1 nm tile, e/Å²",
             peak if metered and bounded else None,
             budget.peak_fluence_e_per_A2,
-            ("upper bound, summed over all exposures" if bounded else "the beam drifts: no bound for any tile")
+            (_basis_of_peak(record) if bounded else "the beam drifts: no bound for any tile")
             if metered
             else "unknown dose",
         ),
@@ -270,6 +298,16 @@ def _ledger_table(record: Record) -> str:
     return _table(("ledger", "charged", "budget", "basis"), cells) + note
 
 
+def _basis_of_peak(record: Record) -> str:
+    plan, text = record.state.plan.drift, "upper bound, summed over all exposures"
+    if plan is None:
+        return text
+    text += f", while the specimen is within {plan.limit_nm:g} nm of where it is expected"
+    if any(not event.accepted for _, event in drift_of(record)):
+        text += "; that could not be confirmed every time it was measured"
+    return text
+
+
 def _decision_table(record: Record) -> str:
     if not record.state.decisions:
         return _left_out("Nothing was decided.")
@@ -277,14 +315,18 @@ def _decision_table(record: Record) -> str:
     keys: dict[int, list[KeyRecord]] = {}
     for key in record.state.keys.values():
         keys.setdefault(key.step, []).append(key)
-    seen = {event.key: event for event in record.events if isinstance(event, Perceived)}
+    seen = {event.key: event for event in record.events if isinstance(event, Perceived | DriftMeasured)}
     refused = {event.step: event.reason for event in record.events if isinstance(event, Refused)}
     rows = [_decision(record, d, keys.get(d.step, []), seen, refused.get(d.step)) for d in record.state.decisions]
     return f'<div class="scroll">{_table(columns, rows)}</div>'
 
 
 def _decision(
-    record: Record, decided: Decided, keys: list[KeyRecord], seen: Mapping[str, Perceived], refused: str | None
+    record: Record,
+    decided: Decided,
+    keys: list[KeyRecord],
+    seen: Mapping[str, Perceived | DriftMeasured],
+    refused: str | None,
 ) -> tuple[str, ...]:
     decision = decided.decision
     explanation = decision.explanation
@@ -299,8 +341,10 @@ def _decision(
         notes += [_EXPOSURES[key.state]] if key.state in _EXPOSURES else []
         if key.key in record.state.frames:
             notes += record.state.frames[key.key].flags
-        if key.key in seen:
-            event = seen[key.key]
+        event = seen.get(key.key)
+        if isinstance(event, DriftMeasured):
+            notes.append(_shift(event))
+        elif event is not None:
             first = event.observations[0] if event.observations and decided.step else None
             notes += [text for text in dict.fromkeys((event.note, first.note if first else "")) if text]
             value = "-" if first is None or first.value is None else f"{first.value:.4g}"
@@ -311,7 +355,7 @@ def _decision(
     if explanation.mean is not None:
         expected = f"{explanation.mean:.3g}" + ("" if explanation.sd is None else f" ± {explanation.sd:.2g}")
     return (
-        str(decided.step),
+        str(decided.step) if decided.step >= 0 else f"drift {-decided.step}",
         place,
         expected,
         value,
@@ -322,6 +366,13 @@ def _decision(
         "; ".join(notes),
         f"{explanation.policy}: {explanation.why}",
     )
+
+
+def _shift(event: DriftMeasured) -> str:
+    if not event.accepted:
+        return f"not measured: {event.reason}"
+    x, y = event.shift_nm
+    return f"shift ({x:.3f}, {y:.3f}) ± {event.sigma_nm:.3f} nm"
 
 
 _EXPOSURES = {
@@ -341,16 +392,18 @@ def _incidents(record: Record) -> Iterator[str]:
                 kept = "its frame was kept" if event.digests else "its frame was lost"
                 amount = _number(record.amount(key.charge))
                 yield (
-                    f"step {key.step}: exposure {event.key[:12]} was interrupted ({event.reason}); charged in full, "
-                    f"{amount} {record.unit}; {kept}"
+                    f"{step_text(key.step)}: exposure {event.key[:12]} was interrupted ({event.reason}); charged in "
+                    f"full, {amount} {record.unit}; {kept}"
                 )
             case Voided():
-                yield f"step {keys[event.key].step}: exposure {event.key[:12]} was not fired: {event.reason}"
+                yield f"{step_text(keys[event.key].step)}: exposure {event.key[:12]} was not fired: {event.reason}"
             case Refused():
-                yield f"step {event.step}: the guard refused the decision: {event.reason}"
+                yield f"{step_text(event.step)}: the guard refused the decision: {event.reason}"
             case Recorded() if not event.frame.usable:
                 flags = ", ".join(event.frame.flags)
-                yield f"step {keys[event.key].step}: the frame is {flags}: kept and charged, never read"
+                yield f"{step_text(keys[event.key].step)}: the frame is {flags}: kept and charged, never read"
+            case DriftMeasured() if not event.accepted:
+                yield f"{step_text(keys[event.key].step)}: refused, nothing was assumed: {event.reason}"
             case Paused():
                 yield f"paused: {event.reason}"
             case Resumed():
@@ -358,6 +411,27 @@ def _incidents(record: Record) -> Iterator[str]:
 
 
 def _limits_of_record(record: Record, started: SessionStarted) -> Iterator[str]:
+    yield _drift_limit(record, started)
+    yield "Damage is not measured yet: the ledger charges 0 for it, with basis none, so a damage budget cannot act."
+    if record.unit == "pixels":
+        yield "The dose of the record is unknown, so charges are pixels revealed for the first time, never electrons."
+    if record.targets is not None:
+        yield (
+            "True objects are counted over the whole field as the session began, scanned or not; one find counts for "
+            f"at most one object, within {record.state.plan.match_nm:g} nm."
+        )
+    if record.state.capabilities is not None:
+        yield from (f"Said by the instrument: {note}" for note in record.state.capabilities.notes)
+
+
+def _drift_limit(record: Record, started: SessionStarted) -> str:
+    plan = record.state.plan.drift
+    if plan is not None:
+        return (
+            "Drift is measured and followed: positions are those of the reference's first frame, off by how far the "
+            f"specimen moved otherwise than it had before. A place more than {plan.limit_nm:g} nm from where it was "
+            "expected is not looked for; on a perfect lattice such a jump would go unnoticed."
+        )
     driver = started.config.get("driver")
     scan = driver.get("scan") if isinstance(driver, Mapping) else None
     drift = scan.get("drift_nm_per_s") if isinstance(scan, Mapping) else None
@@ -369,17 +443,7 @@ def _limits_of_record(record: Record, started: SessionStarted) -> Iterator[str]:
         moves = "The simulated stage is set not to drift."
     else:
         moves = "How far the stage drifted is not known."
-    yield f"Drift is not corrected: a position assumes that the stage stands still. {moves}"
-    yield "Damage is not measured yet: the ledger charges 0 for it, with basis none, so a damage budget cannot act."
-    if record.unit == "pixels":
-        yield "The dose of the record is unknown, so charges are pixels revealed for the first time, never electrons."
-    if record.targets is not None:
-        yield (
-            "True objects are counted over the whole field as the session began, scanned or not; one find counts for "
-            f"at most one object, within {record.state.plan.match_nm:g} nm."
-        )
-    if record.state.capabilities is not None:
-        yield from (f"Said by the instrument: {note}" for note in record.state.capabilities.notes)
+    return f"Drift is not corrected: a position assumes that the stage stands still. {moves}"
 
 
 def _versions(record: Record, started: SessionStarted) -> list[tuple[str, str]]:

@@ -24,10 +24,12 @@ from numpy.typing import NDArray
 
 from aecontrol import __version__
 from aecontrol.config import SessionConfig, parse
+from aecontrol.drift import measure_shift
 from aecontrol.durable import FolderLock, load_npy, npy_bytes, sha256_hex, write_durable
 from aecontrol.errors import BadInput, StorageFault
 from aecontrol.events import (
     Decided,
+    DriftMeasured,
     Indeterminate,
     InstrumentReady,
     ModelUpdated,
@@ -51,15 +53,16 @@ from aecontrol.machine import (
     Expose,
     Fetch,
     Finish,
+    FollowPlan,
     Identify,
     Learn,
+    MeasureDrift,
     Perceive,
     Reembed,
     Refuse,
     Reserve,
     Settle,
     State,
-    TakeOverview,
     apply,
     begin,
     fold,
@@ -224,8 +227,8 @@ class Effects:
         match command:
             case Identify():
                 yield self._identify(state)
-            case TakeOverview():
-                yield Decided(step=0, decision=command.scan, wall_s=0.0)
+            case FollowPlan():
+                yield Decided(step=command.step, decision=command.scan, wall_s=0.0)
             case Decide():
                 decision = self._config.policy.decide(command.history, command.candidates, state.seed)
                 yield Decided(step=command.step, decision=decision, wall_s=time.perf_counter() - self._arrived)
@@ -244,6 +247,9 @@ class Effects:
             case Perceive():
                 self._microscope.acknowledge(command.record.key)
                 yield self._perceive(command, state)
+            case MeasureDrift():
+                self._microscope.acknowledge(command.record.key)
+                yield measure_drift(self._folder, command, state)
             case Learn():
                 yield self._learn(command, state)
             case Reembed():
@@ -412,6 +418,28 @@ def quality_flags(data: FrameData, region: ScanRegion) -> tuple[str, ...]:
         elif array.size > 1 and array.min() == array.max():
             flags.append("constant")
     return tuple(dict.fromkeys(flags))
+
+
+def measure_drift(folder: Path, command: MeasureDrift, state: State) -> DriftMeasured:
+    """What a frame of the reference region says of where the specimen is; nothing is exposed. Raises StorageFault when
+    a stored frame is missing or damaged."""
+    assert state.plan.drift is not None
+    key, frame, sent = command.record.key, command.frame, command.record.region.shift_nm
+    if not frame.usable:
+        why = f"unusable frame ({', '.join(frame.flags)})"
+        return DriftMeasured(key=key, shift_nm=sent, sigma_nm=0.0, quality=0.0, accepted=False, reason=why)
+    if command.reference is None:
+        return DriftMeasured(key=key, shift_nm=sent, sigma_nm=0.0, quality=0.0, accepted=True)
+    before, after = (load_array(folder, next(iter(f.channels.values()))) for f in (command.reference, frame))
+    found = measure_shift(before, after, frame.region.pixel_size_nm, state.plan.drift.limit_nm)
+    return DriftMeasured(
+        key=key,
+        shift_nm=(sent[0] + found.dx_nm, sent[1] + found.dy_nm) if found.accepted else sent,
+        sigma_nm=found.sigma_nm if found.accepted else 0.0,
+        quality=found.quality,
+        accepted=found.accepted,
+        reason=found.reason,
+    )
 
 
 def _settled(outcome: Outcome) -> Posted | Voided | Indeterminate:

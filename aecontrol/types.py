@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -123,8 +123,9 @@ class Capabilities(Model):
     beam_on_in_flyback: bool = Field(False, description="True when the beam is not blanked between lines")
     blanker_latency_s: NonNegative = Field(0.0, description="longest time the blanker takes to act, s")
     position_error_nm: NonNegative | None = Field(
-        0.0, description="farthest that the beam can be from where it was told to go, nm; null: no bound (drift)"
+        0.0, description="farthest that the beam can be from where it was told to go, drift aside, nm; null: no bound"
     )
+    drifts: bool = Field(False, description="True when specimen and beam move against each other without a bound")
     dwell_time_range_s: tuple[Positive, Positive] = Field((1e-8, 1.0), description="shortest and longest dwell, s")
     max_pixels: PositiveInt = Field(4096 * 4096, description="largest frame")
     pixel_size_nm: Positive | None = Field(None, description="a record's own pixel; null when any size can be scanned")
@@ -136,6 +137,16 @@ class Capabilities(Model):
     notes: tuple[str, ...] = Field(
         (), description="what a reader of the results must know, e.g. assumptions of a model"
     )
+
+    @property
+    def beam_error_nm(self) -> float | None:
+        """Farthest that the beam can be from where on the specimen it is meant to be, nm; None: no bound."""
+        return None if self.drifts else self.position_error_nm
+
+    def held(self, drift_nm: float) -> Capabilities:
+        """The instrument while its drift is measured and corrected to within ``drift_nm``: it is one more error."""
+        error = None if self.position_error_nm is None else self.position_error_nm + drift_nm
+        return self.model_copy(update={"position_error_nm": error, "drifts": False})
 
 
 class ArrayRef(Model):
@@ -231,7 +242,7 @@ class Scan(Model):
 
     kind: Literal["scan"] = "scan"
     regions: tuple[ScanRegion, ...] = Field(min_length=1, max_length=1)
-    role: Literal["overview", "scan"] = "scan"
+    role: Literal["overview", "scan", "drift"] = "scan"
     explanation: Explanation
 
 
@@ -264,6 +275,34 @@ class ScanPlan(Model):
     stride_nm: tuple[Positive, Positive] | None = Field(None, description="grid spacing; default: fov_nm, no overlap")
 
 
+class DriftPlan(Model):
+    """Follow the specimen as it drifts: a reference region is scanned before everything else and again and again, and
+    later exposures go where it has moved to. Omitted: drift is not corrected. The region should show something that a
+    lattice does not repeat; each of its scans is charged like any other exposure."""
+
+    center_nm: tuple[float, float] = Field(description="centre of the reference region in the specimen frame, nm")
+    fov_nm: tuple[Positive, Positive]
+    shape: tuple[PositiveInt, PositiveInt]
+    dwell_time_s: Positive
+    every: PositiveInt = Field(1, description="measure before the overview or sub-scan after so many of them")
+    limit_nm: Positive = Field(
+        description="farthest that the specimen may be from where it is expected (it is taken to move on as it did "
+        "between the last two measurements); bounds of fluence count on it. On a lattice, where a shift by a lattice "
+        "vector shows nothing, it must be less than half the shortest one"
+    )
+    margin_nm: NonNegative = Field(
+        0.0, description="overview and sub-scans keep this far from the field's edges, to stay in it when it drifts"
+    )
+
+    @model_validator(mode="after")
+    def _measurable(self) -> DriftPlan:
+        if min(self.fov_nm) < 8.0 * self.limit_nm:
+            raise ValueError(f"drift.fov_nm must be at least 8 times drift.limit_nm, {8.0 * self.limit_nm:g} nm")
+        if min(self.shape) < 32:
+            raise ValueError(f"drift.shape {self.shape} must have at least 32 rows and columns")
+        return self
+
+
 class StopRules(Model):
     """When to end before the budget does."""
 
@@ -276,6 +315,7 @@ class Plan(Model):
 
     overview: OverviewPlan | None = None
     scan: ScanPlan
+    drift: DriftPlan | None = None
     budget: Budget
     stop: StopRules = StopRules()
     decision_seconds: NonNegative = Field(1.0, description="fixed time charged to each decision, s")

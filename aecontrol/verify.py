@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from aecontrol.dose import Totals
 from aecontrol.errors import StorageFault
-from aecontrol.events import Decided, Perceived, Recorded, Reembedded, SessionEvent
+from aecontrol.events import Decided, DriftMeasured, Perceived, Recorded, Reembedded, SessionEvent, step_text
 from aecontrol.exposure import LedgerRecord
 from aecontrol.journal import read_journal
-from aecontrol.machine import Decide, State, TakeOverview, apply, begin, next_command
-from aecontrol.session import config_of, load_array, read_events
+from aecontrol.machine import Decide, FollowPlan, MeasureDrift, State, apply, begin, next_command
+from aecontrol.session import config_of, load_array, measure_drift, read_events
 from aecontrol.types import ArrayRef
 
 
@@ -34,20 +35,22 @@ def verify_session(folder: Path) -> dict[str, Any]:
             again = None
             if isinstance(command, Decide):
                 again = policy.decide(command.history, command.candidates, state.seed)
-            elif isinstance(command, TakeOverview):
+            elif isinstance(command, FollowPlan):
                 again = command.scan
             decisions += 1
             if again == event.decision:
                 identical += 1
             else:
                 differences.append(
-                    f"step {event.step}: the policy now decides {_short(again)}, not {_short(event.decision)}"
+                    f"{step_text(event.step)}: the policy now decides {_short(again)}, not {_short(event.decision)}"
                 )
+        if isinstance(event, DriftMeasured):
+            differences += _drift(folder, event, state)
         state = apply(state, event)
     differences += compare_ledgers(folder, state)
     differences += _arrays(folder, events)
     notes = [
-        f"step {r.step}: exposure {r.key[:12]} was interrupted and charged in full "
+        f"{step_text(r.step)}: exposure {r.key[:12]} was interrupted and charged in full "
         f"({r.charge.electrons if r.charge.electrons is not None else r.charge.pixels}); "
         + ("its frame was saved" if r.digests else "its frame was lost")
         for r in state.keys.values()
@@ -63,6 +66,18 @@ def _short(decision: Any) -> str:
         return f"stop ({decision.reason})"
     x, y = decision.regions[0].center_nm
     return f"({x:.3f}, {y:.3f}) nm"
+
+
+def _drift(folder: Path, event: DriftMeasured, state: State) -> Iterator[str]:
+    """Whether the stored frames still say what was made of them, to within a tenth of a standard deviation."""
+    command = next_command(state)
+    try:
+        again = measure_drift(folder, command, state) if isinstance(command, MeasureDrift) else None
+    except StorageFault:
+        return  # damaged frames are reported with the other arrays
+    off = 0.0 if again is None else math.dist(again.shift_nm, event.shift_nm)
+    if again is None or again.accepted != event.accepted or off > 0.1 * event.sigma_nm + 1e-9:
+        yield f"{step_text(state.intent)}: its frame does not show the shift that was recorded"
 
 
 def compare_ledgers(folder: Path, state: State) -> Iterator[str]:
@@ -83,7 +98,8 @@ def compare_ledgers(folder: Path, state: State) -> Iterator[str]:
             continue  # not yet settled: charged at its bound here, whatever the instrument says
         if theirs is None or theirs.kind != record.state or theirs.measured != record.measured:
             said = "nothing" if theirs is None else theirs.kind
-            yield f"step {record.step}: this ledger says {record.state} for {key[:12]}, the instrument's says {said}"
+            where = f"{step_text(record.step)}: this ledger says {record.state} for {key[:12]}"
+            yield f"{where}, the instrument's says {said}"
     for key, line in last.items():
         if line.kind != "VOID":
             yield f"the instrument's ledger has {line.kind} for {key[:12]}, which was never reserved here"

@@ -36,7 +36,9 @@ class DescribedColumn(ColumnSetup):
             flyback_s=self.scan.flyback_s,
             beam_on_in_flyback=not self.scan.flyback_blanked,
             blanker_latency_s=self.scan.blanker_latency_s,
-            position_error_nm=self._position_error_nm(column.field_nm),
+            # where electrons can land: the scan's error, and the blur of aberrations beyond a focused probe's
+            position_error_nm=self.scan.position_error_nm(column.field_nm) + self.optics.blur_nm,
+            drifts=self.scan.drifts,
             notes=(*limits, *(f"damage model ([L] quoted, [A] assumed): {line}" for line in assumed)),
         )
 
@@ -46,11 +48,6 @@ class DescribedColumn(ColumnSetup):
         specimen = build_part("specimen", self.specimen, "specimen").model_dump(mode="json", exclude_defaults=True)
         text = json.dumps([told, specimen, self.specimen["kind"]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    def _position_error_nm(self, field_nm: tuple[float, float]) -> float | None:
-        """How far off electrons can land: the scan's error, and the blur of aberrations beyond a focused probe's."""
-        error = self.scan.position_error_nm(field_nm)
-        return None if error is None else error + self.optics.blur_nm
 
 
 class SimulatedDriver(DescribedColumn):

@@ -266,6 +266,7 @@ class SimulatedColumn:
             seconds = whole if done == rows else float(np.append(self._scan.line_starts_s(region), whole)[done])
             self.clock_s += seconds
             self._charge = float(self._scan.charging.after(self._charge, seconds, beam_on=True))
+            self.idle(self._scan.pause_s)
         return points_nm, events, done
 
     def _read(

@@ -59,13 +59,19 @@ class ScanModel(Model):
     drift_nm_per_s: tuple[float, float] = Field((0.0, 0.0), description="steady drift of the probe over the specimen")
     drift_wander_nm_per_s: NonNegative = Field(0.0, description="standard deviation of the drift's wandering part")
     drift_wander_s: Positive = Field(60.0, description="correlation time of the wandering part, s")
+    pause_s: NonNegative = Field(
+        0.0, description="time after each exposure (deciding, moving, settling) in which the beam is blanked, s"
+    )
     charging: Charging = Charging()
 
-    def position_error_nm(self, field_nm: tuple[float, float]) -> float | None:
-        """Farthest that the beam can be from where it was told to go anywhere in a field, nm (jitter: 6 standard
-        deviations); None when it drifts, for that grows without bound."""
-        if any(self.drift_nm_per_s) or self.drift_wander_nm_per_s:
-            return None
+    @property
+    def drifts(self) -> bool:
+        """True when the probe moves over the specimen in time, without bound."""
+        return any(self.drift_nm_per_s) or self.drift_wander_nm_per_s > 0.0
+
+    def position_error_nm(self, field_nm: tuple[float, float]) -> float:
+        """Farthest that the beam can be from where it was told to go anywhere in a field, drift aside, nm (jitter: 6
+        standard deviations)."""
         turned = 0.5 * math.hypot(*field_nm) * (abs(math.radians(self.rotation_error_deg)) + abs(self.shear))
         jitter = JITTER_LIMIT * self.line_jitter_nm
         return turned + jitter + abs(self.swing_nm) + math.hypot(*self.charging.offset_nm)

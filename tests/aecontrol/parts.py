@@ -15,6 +15,7 @@ from aecontrol.protocols import History, Reading
 from aecontrol.types import (
     Budget,
     Capabilities,
+    DriftPlan,
     Explanation,
     OverviewPlan,
     Scan,
@@ -98,6 +99,38 @@ class CountingColumn:
         return None
 
 
+BLOBS = np.random.default_rng(5).uniform((-2, -2), (8, 6), (200, 2))
+REFERENCE = DriftPlan(
+    center_nm=(3.0, 2.0), fov_nm=(2.0, 2.0), shape=(48, 48), dwell_time_s=1e-7, limit_nm=0.15, margin_nm=0.5
+)
+
+
+@dataclass
+class DriftingColumn(CountingColumn):
+    """A specimen with blobs at random places that moves between any two shots; meter and tiles move with it."""
+
+    step_nm: tuple[float, float] = (0.012, -0.009)
+    jump_nm: tuple[float, float] = (0.0, 0.0)
+    blind: tuple[int, ...] = ()  # shots whose frame shows nothing but noise
+
+    def moved_nm(self, ordinal: int) -> np.ndarray:
+        return np.array(self.jump_nm) + ordinal * np.array(self.step_nm)
+
+    def fire(self, ordinal: int, region: ScanRegion) -> Pulse:
+        center = np.array(region.center_nm) - self.moved_nm(ordinal)
+        here = region.model_copy(update={"center_nm": tuple(center.tolist())})
+        pulse = super().fire(ordinal, here)
+        if ordinal in self.blind:
+            return pulse
+        axes = [
+            center[k] + ((np.arange(n) + 0.5) / n - 0.5) * here.fov_nm[k]
+            for k, n in ((0, here.shape[1]), (1, here.shape[0]))
+        ]
+        gx, gy = (np.exp(-((axis[:, None] - BLOBS[:, k]) ** 2) / (2 * 0.08**2)) for k, axis in enumerate(axes))
+        image = np.random.default_rng((ordinal, 1)).poisson(40.0 * (gy @ gx.T) + 1.0).astype(np.float32)
+        return Pulse({"HAADF": image}, pulse.electrons, pulse.pixels, pulse.seconds, float(ordinal))
+
+
 @dataclass
 class Driver:
     """Builds the instrument's process around a column that survives it."""
@@ -106,7 +139,8 @@ class Driver:
     limits: InterlockLimits = InterlockLimits()
 
     def build(self, folder: Path, base: Path, seed: int) -> Instrument:
-        return Instrument(self.column, CAPABILITIES, self.limits, folder)
+        drifts = isinstance(self.column, DriftingColumn)
+        return Instrument(self.column, CAPABILITIES.model_copy(update={"drifts": drifts}), self.limits, folder)
 
 
 class MeanPerceiver:
@@ -161,13 +195,14 @@ class Reckless:
 
 
 def configuration(
-    policy, column, budget: Budget, *, overview: bool = True, limits=None, perceiver=None, **stop
+    policy, column, budget: Budget, *, overview: bool = True, limits=None, perceiver=None, drift=None, **stop
 ) -> SessionConfig:
     """A session of the counting column: six candidates of 2 x 2 nm."""
     tables = Tables(
         session=SessionTable(name="test", match_nm=0.1),
         overview=OverviewPlan(shape=(8, 12), dwell_time_s=1e-6) if overview else None,
         scan=ScanPlan(fov_nm=(2.0, 2.0), shape=(8, 8), dwell_time_s=1e-5),
+        drift=drift,
         budget=budget,
         stop=StopRules(**stop),
     )

@@ -102,13 +102,22 @@ def test_no_tile_gets_more_than_its_bound_wherever_the_beam_really_goes(region, 
 
 
 def test_a_drifting_beam_has_no_bound_so_no_fluence_budget_is_accepted():
-    assert ScanModel(drift_nm_per_s=(0.1, 0.0)).position_error_nm((20, 20)) is None
-    drifting = CAPABILITIES.model_copy(update={"position_error_nm": None})
+    assert ScanModel(drift_nm_per_s=(0.1, 0.0)).drifts
+    assert ScanModel(drift_wander_nm_per_s=0.1).drifts
+    drifting = CAPABILITIES.model_copy(update={"drifts": True})
     region = ScanRegion(center_nm=(10, 10), fov_nm=(2, 2), shape=(8, 8), dwell_time_s=1e-6)
     bound = bound_charge(region, drifting)
     assert bound.electrons is not None
     reason = over_budget(region, bound, Budget(peak_fluence_e_per_A2=1e9), total([]), TileMap.of(drifting))
     assert "drifts without a bound" in reason
+    held = drifting.held(0.2)
+    assert bound_charge(region, held) == bound_charge(
+        region, CAPABILITIES.model_copy(update={"position_error_nm": 0.2})
+    )
+    assert (
+        over_budget(region, bound_charge(region, held), Budget(peak_fluence_e_per_A2=1e9), total([]), TileMap.of(held))
+        is None
+    )
 
 
 @given(regions)

@@ -23,14 +23,14 @@ from aecontrol.errors import AecontrolError, BadInput
 from aecontrol.events import Resumed
 from aecontrol.exposure import InterlockLimits, KeyRecord, absorb
 from aecontrol.journal import Journal
-from aecontrol.machine import apply, fold
+from aecontrol.machine import apply, fold, reference_region
 from aecontrol.session import Session, read_events
 from aecontrol.types import Budget, Charge
 from aecontrol.verify import compare_ledgers
 from drivers.faults import Crash
 from drivers.instrument import Instrument
 
-from .parts import CountingColumn, Reckless, configuration
+from .parts import REFERENCE, CountingColumn, DriftingColumn, Reckless, configuration
 
 RAM = Path("/dev/shm") if Path("/dev/shm").is_dir() else None  # 2000 schedules would wear out a disk for nothing
 
@@ -62,12 +62,13 @@ def check(folder: Path, column: CountingColumn, budget: Budget) -> None:
             assert fluence <= bound * (1 + 1e-9) <= budget.peak_fluence_e_per_A2 * (1 + 1e-9)
 
 
-def survive(policy_seed: int, schedule: set[int], budget: Budget, server: Budget) -> None:
+def survive(policy_seed: int, schedule: set[int], budget: Budget, server: Budget, drifting: bool = False) -> None:
     """Run a session to its end through every crash of the schedule; check after each."""
     folder = Path(tempfile.mkdtemp(dir=RAM))
     points = Failpoints(schedule)
-    column = CountingColumn(on_line=points.cross)
-    config = configuration(Reckless(policy_seed), column, budget, limits=InterlockLimits(budget=server))
+    column = (DriftingColumn if drifting else CountingColumn)(on_line=points.cross)
+    limits = InterlockLimits(budget=server)
+    config = configuration(Reckless(policy_seed), column, budget, limits=limits, drift=REFERENCE if drifting else None)
     append = Journal.append
 
     def failing_append(journal: Journal, body: str) -> None:
@@ -115,6 +116,21 @@ def test_delivered_is_at_most_charged_is_at_most_the_budget(policy_seed, schedul
     limits = Budget(electrons=budget, peak_fluence_e_per_A2=peak)
     with contextlib.suppress(BadInput):  # a budget below the overview is refused before any dose
         survive(policy_seed, schedule, limits, Budget(electrons=server))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(
+    policy_seed=st.integers(0, 2**32 - 1),
+    schedule=st.sets(st.integers(1, 400), max_size=6),
+    budget=st.integers(100_000, 1_500_000),
+    server=st.one_of(st.none(), st.integers(100_000, 1_500_000)),
+    peak=st.floats(500, 6_000),
+)
+def test_it_holds_for_a_specimen_that_drifts_and_is_followed(policy_seed, schedule, budget, server, peak):
+    """The same with a reference region that is scanned again and again, tiles counted where the specimen is."""
+    limits = Budget(electrons=budget, peak_fluence_e_per_A2=peak)
+    with contextlib.suppress(BadInput):
+        survive(policy_seed, schedule, limits, Budget(electrons=server), drifting=True)
 
 
 # ---------------------------------------------------------------- a checker never seen to fail proves nothing
@@ -173,9 +189,25 @@ def _no_deduplication(patch):
     patch.setattr("drivers.instrument.on_cancel", lambda ledger, key: None)
 
 
+def _drift_scans_cost_nothing(patch):
+    honest = KeyRecord.charge.fget
+    zero = Charge(electrons=0, pixels=0, seconds=0.0)
+    patch.setattr(KeyRecord, "charge", property(lambda r: zero if r.step < 0 else honest(r)))
+
+
+def _tiles_forget_the_reference_region(patch):
+    add = TileMap.add
+    again = reference_region(REFERENCE).fov_nm, reference_region(REFERENCE).shape
+    patch.setattr(TileMap, "add", lambda m, r, e: m if (r.fov_nm, r.shape) == again else add(m, r, e))
+
+
+OF_DRIFT = (_drift_scans_cost_nothing, _tiles_forget_the_reference_region)
+
+
 @pytest.mark.parametrize(
     "mutate",
     [
+        *OF_DRIFT,
         _charge_nothing_for_indet,
         _fire_before_firing_is_written,
         _fresh_key_after_a_crash,
@@ -194,7 +226,7 @@ def test_each_deliberate_defect_is_caught(mutate):
             schedule = {int(n) for n in random.integers(1, 160, int(random.integers(0, 7)))}
             budget = Budget(electrons=int(random.integers(60_000, 400_000)), peak_fluence_e_per_A2=1000.0)
             try:
-                survive(int(random.integers(2**32)), schedule, budget, Budget())
+                survive(int(random.integers(2**32)), schedule, budget, Budget(), drifting=mutate in OF_DRIFT)
             except (AssertionError, AecontrolError, KeyError):
                 return
     pytest.fail("300 schedules did not notice the defect")
