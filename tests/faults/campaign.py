@@ -27,6 +27,7 @@ from aecontrol.types import Budget
 from .column import Column, Watchdog
 from .controller import RESTART_NS, Controller
 from .invariants import Checker
+from .mutants import MUTANTS
 from .network import Network
 from .rival import Rival
 from .shell import Shell
@@ -135,13 +136,32 @@ def verdicts(seeds: range, workers: int) -> Iterator[Verdict]:
         yield from pool.imap_unordered(play, seeds, chunksize=20)
 
 
+def hunt(name: str, seeds: range) -> Verdict | None:
+    """The first of ``seeds`` in which the deliberate defect ``name`` is noticed."""
+    found = (play(seed, MUTANTS[name]) for seed in seeds)
+    return next((verdict for verdict in found if verdict.invariant), None)
+
+
+def hunt_all(seeds: range, workers: int) -> int:
+    """Hunt every defect; print where each is noticed. The number of those that are not."""
+    missed = 0
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        for name, found in zip(MUTANTS, pool.imap(partial(hunt, seeds=seeds), MUTANTS), strict=True):
+            missed += found is None
+            print(f"{name}: " + (f"seed {found.seed}, {found.text}" if found else "NOT NOTICED"), flush=True)
+    return missed
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; the exit code is 1 when any invariant was broken."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--mutants", action="store_true", help="hunt the deliberate defects instead")
     options = parser.parse_args(arguments)
+    if options.mutants:
+        return hunt_all(range(options.first, options.first + options.seeds), options.workers)
     count: Counter[str] = Counter()
     failures = 0
     begun = time.perf_counter()

@@ -88,6 +88,6 @@ def draw(rng: random.Random) -> Swarm:
         elif spec.name in _MOST:
             drawn[spec.name] = _MOST[spec.name] * share if on else 0.0
     drawn["fifo"] = rng.random() < 0.6
-    drawn["restore_old_ledger"] = rng.random() < 0.03
+    drawn["restore_old_ledger"] = rng.random() < 0.06
     drawn["stop_s"] = rng.uniform(2.0, 8.0)
     return Swarm(**drawn)  # type: ignore[arg-type]
