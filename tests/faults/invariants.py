@@ -128,12 +128,12 @@ class Checker:
         record = json.loads(body)
         kind = record["kind"]
         if kind == "EPOCH":
-            if record["epoch"] <= self.epoch:
+            if record["epoch"] <= self.epoch and not self.restored:
                 self._world.fail("I4", f"epoch {record['epoch']} after {self.epoch}")
             self.epoch, self._epoch_ns = record["epoch"], self._world.now
             self.holder = Holder(record["holder"], self.epoch, self._acquired_ns + self._lease_ns)
             self.beat_ns = self._acquired_ns
-        elif "key" in record:
+        elif "key" in record and not self.restored:
             self._learn_s(kind, record)
         if claimed is not None and not self.restored and claimed < (sure := sum(self.delivered.values()) + self._flowing()):
             self._world.fail("I2", f"S says that {claimed} electrons are charged, {sure} are delivered")
