@@ -141,7 +141,7 @@ class Controller:
             overview=OverviewPlan(shape=(8, 12), dwell_time_s=1e-3),
             scan=ScanPlan(fov_nm=(2.0, 2.0), shape=(8, 8), dwell_time_s=10 ** world.rng.uniform(-2.8, -1.6)),
             budget=budget,
-            stop=StopRules(max_steps=world.rng.randint(2, 6)),
+            stop=StopRules(max_steps=world.rng.randint(3, 8)),
         )
         policy = Wanderer(self, world.rng.randrange(2**32))
         self.config = SessionConfig(tables, Driver(self), MeanPerceiver(), policy, {}, Path("."))

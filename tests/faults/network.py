@@ -56,7 +56,7 @@ class Network:
         world = self._world
         self._cut = world.rng.choice((frozenset(("up", "down")), frozenset(("up",)), frozenset(("down",))))
         world.tell("partition" if len(self._cut) == 2 else "half_open")
-        self._healed_ns = world.now + world.between(20 * MS, 30 * H)
+        self._healed_ns = world.now + 20 * MS + int(30 * H * world.rng.random() ** 3)
 
         def heal(due: int = self._healed_ns) -> None:
             if due == self._healed_ns:

@@ -97,7 +97,7 @@ class Shell:
             self._watchdog.stamp(0, False)
         if world.swarm.restore_old_ledger and not self._checker.restored and world.rng.random() < 0.5:
             self._restore_old()
-        world.at(world.between(20 * MS, 2 * SECOND), self._start)
+        world.at(20 * MS + int(2 * SECOND * world.rng.random() ** 3), self._start)
 
     def _restore_old(self) -> None:
         """Somebody brings back an old copy of the ledger, older than what the controller has seen."""
@@ -105,7 +105,7 @@ class Shell:
         if known >= 2:
             self._world.tell("old ledger restored")
             del self.disk[self._world.rng.randrange(known) :]
-            self._checker.restored = True
+            self._checker.restore()
 
     def _hang(self) -> None:
         """SIGSTOP."""
@@ -119,7 +119,7 @@ class Shell:
         if self._watchdog.alive and self.server is not None and not self._frozen and not self._writing:
             self._world.tell("watchdog killed")
             self._watchdog.kill()
-            self._world.at(self._world.between(20 * MS, 8 * H), lambda: self._watchdog.restart())
+            self._world.at(self._world.between(20 * MS, 4 * H), lambda: self._watchdog.restart())
 
     def _fill(self) -> None:
         self._world.tell("disk full")
@@ -128,7 +128,7 @@ class Shell:
         def free() -> None:
             self._full = False
 
-        self._world.at(self._world.between(50 * MS, 10 * H), free)
+        self._world.at(self._world.between(20 * MS, 5 * H), free)
 
     def _trip_interlock(self) -> None:
         self._world.tell("interlock")
@@ -137,7 +137,7 @@ class Shell:
         def mend() -> None:
             self._interlock = ""
 
-        self._world.at(self._world.between(20 * MS, 10 * H), mend)
+        self._world.at(self._world.between(20 * MS, 3 * H), mend)
 
     # ------------------------------------------------------------ events in
 
