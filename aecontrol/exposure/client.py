@@ -135,7 +135,8 @@ class Client:
             if spooled is not None:
                 digests = {name: file.sha256 for name, file in spooled.channels.items()}
                 self._insist(m.Forget, key=key, digests=digests)
-            self._copy_ledger()
+            if not self._copy_ledger():
+                self._attached = False  # the next contact begins with it
 
     def blank(self) -> None:
         """Blank the beam; needs no lease. Raises InstrumentFault when nobody answers."""
@@ -172,7 +173,6 @@ class Client:
         if not self._attached:
             return
         try:
-            self._patience_s = ASK_S
             self._copy_ledger()
         finally:
             if self._epoch is not None:
@@ -264,11 +264,16 @@ class Client:
         give_up = self._now() + patience
         while True:
             reply = self._ask(m.Hello, ASK_S, client=self._session)
-            if isinstance(reply, m.Welcome):
-                break
             if isinstance(reply, m.Refusal):
                 raise InstrumentFault(f"{self._link.address} turned us away: {reply.code}, {reply.reason}")
+            if isinstance(reply, m.Welcome):
+                self._meet(reply)
+                if self._copy_ledger():
+                    break
             self._lost(give_up, "address or key is wrong (a wrong key is silence), or the bridge does not run")
+        self._attached = True
+
+    def _meet(self, reply: m.Welcome) -> None:
         if self._welcome is not None and reply.capabilities != self._welcome.capabilities:
             raise InstrumentFault("the bridge now serves another instrument", "begin a new session")
         if reply.boot_id != self._boot_id:
@@ -279,15 +284,16 @@ class Client:
                 f"the bridge's ledger ends at record {reply.seq}, {self._mirror.seq} are known here",
                 "it was restored from an old copy: bring back the newest one; nothing will be exposed",
             )
-        self._attached = True
-        self._copy_ledger()
 
-    def _copy_ledger(self) -> None:
+    def _copy_ledger(self) -> bool:
+        """Make the bridge's new records durable here; False when it does not answer: nothing is copied then."""
         bodies: list[str] = []
         head, seq = self._mirror.head, self._mirror.seq
         while True:
             after = seq + len(bodies)
-            reply = self._insist(m.Records, after=after)
+            reply = self._ask(m.Records, ASK_S, after=after)
+            if reply is None:
+                return False
             if not isinstance(reply, m.Recorded):
                 raise InstrumentFault(f"RECORDS was answered with {reply}")
             for body in reply.bodies:
@@ -304,6 +310,7 @@ class Client:
             )
         if bodies:
             self._mirror.extend(bodies)
+        return True
 
     def _lost(self, give_up_s: float, mend: str) -> None:
         """No answer: another connection, unless patience has run out."""
