@@ -18,6 +18,7 @@ from aecontrol.units import electrons_per_second, fluence_e_per_A2
 
 TILE_NM = 1.0
 _DILATION_NM = 1.0  # probe tails and small drift: tiles this far outside the region are charged too
+_MARGIN = 2  # tiles of a map beyond every side of the field
 _GRID_TOLERANCE = 1e-4  # of a record pixel
 _EDGE_NM = 1e-6  # rounding of a region that was computed to end exactly at the field's edge
 
@@ -111,16 +112,22 @@ def total(charges: Iterable[Charge]) -> Totals:
 
 
 class TileMap:
-    """Bound of the fluence (e/A^2) put into every 1 nm tile of the field so far. A value: ``add`` returns a new map."""
+    """Bound of the fluence (e/A^2) put into every 1 nm tile of the specimen so far. A value: ``add`` returns a new map.
+
+    ``fluence`` [ny, nx]; its first tile begins at ``origin`` (x, y) tiles, 2 nm outside the field. A map grows when the
+    stage or drift has brought another part of the specimen into the field.
+    """
 
     def __init__(
-        self, field_nm: tuple[float, float], fluence: NDArray[np.float64] | None = None, error_nm: float = 0.0
+        self,
+        field_nm: tuple[float, float],
+        fluence: NDArray[np.float64] | None = None,
+        error_nm: float = 0.0,
+        origin: tuple[int, int] = (-_MARGIN, -_MARGIN),
     ) -> None:
         """``error_nm``: how far the beam can be from where it was told to go."""
-        self.field_nm, self.error_nm = field_nm, error_nm
-        margin = 2  # room for the dilation beyond every side of the field
-        self._origin = -margin
-        nx, ny = (math.ceil(side / TILE_NM) + 2 * margin for side in field_nm)
+        self.field_nm, self.error_nm, self.origin = field_nm, error_nm, origin
+        nx, ny = (math.ceil(side / TILE_NM) + 2 * _MARGIN for side in field_nm)
         self.fluence: NDArray[np.float64] = np.zeros((ny, nx)) if fluence is None else fluence
 
     @classmethod
@@ -129,15 +136,13 @@ class TileMap:
         return cls(capabilities.field_nm, error_nm=capabilities.beam_error_nm or 0.0)
 
     def touched(self, region: ScanRegion) -> NDArray[np.bool_]:
-        """Mask of the tiles that meet ``region`` dilated by 1 nm and the position error (a superset: exact at any
+        """Mask of the map's tiles that meet ``region`` dilated by 1 nm and the position error (a superset: exact at any
         rotation)."""
         ny, nx = self.fluence.shape
-        x = (np.arange(nx) + self._origin + 0.5) * TILE_NM - region.center_nm[0]
-        y = (np.arange(ny) + self._origin + 0.5)[:, None] * TILE_NM - region.center_nm[1]
+        x = (np.arange(nx) + self.origin[0] + 0.5) * TILE_NM - region.center_nm[0]
+        y = (np.arange(ny) + self.origin[1] + 0.5)[:, None] * TILE_NM - region.center_nm[1]
         c, s = math.cos(region.rotation_rad), math.sin(region.rotation_rad)
-        reach = (
-            _DILATION_NM + self.error_nm + TILE_NM / 2 * (abs(c) + abs(s))
-        )  # half a tile, seen along the region's own axes
+        reach = self._reach(c, s)
         u, v = c * x + s * y, -s * x + c * y
         inside: NDArray[np.bool_] = (np.abs(u) <= region.fov_nm[0] / 2 + reach) & (
             np.abs(v) <= region.fov_nm[1] / 2 + reach
@@ -149,8 +154,29 @@ class TileMap:
         return float(self.fluence[self.touched(region)].max(initial=0.0)) + added_e_per_A2
 
     def add(self, region: ScanRegion, added_e_per_A2: float) -> TileMap:
-        """The map with ``added_e_per_A2`` in every tile that ``region`` touches."""
-        return TileMap(self.field_nm, self.fluence + added_e_per_A2 * self.touched(region), self.error_nm)
+        """The map with ``added_e_per_A2`` in every tile that ``region`` touches, grown to hold them all."""
+        grown = self._grown(region)
+        return TileMap(
+            self.field_nm, grown.fluence + added_e_per_A2 * grown.touched(region), self.error_nm, grown.origin
+        )
+
+    def _reach(self, c: float, s: float) -> float:
+        """How far outside a region, along its own axes, a touched tile's centre can lie: with half a tile, seen along
+        these axes."""
+        return _DILATION_NM + self.error_nm + TILE_NM / 2 * (abs(c) + abs(s))
+
+    def _grown(self, region: ScanRegion) -> TileMap:
+        """This map with room for ``region``; the same one for a region of the field."""
+        if outside_field(region, self.field_nm) is None:
+            return self
+        ny, nx = self.fluence.shape
+        start, end = np.array(self.origin), np.array(self.origin) + (nx, ny)
+        corners, reach = np.array(region.corners_nm()) / TILE_NM, math.sqrt(2.0) * self._reach(1.0, 1.0) / TILE_NM
+        low = np.minimum(np.floor(corners.min(axis=0) - reach).astype(int), start)
+        high = np.maximum(np.ceil(corners.max(axis=0) + reach).astype(int), end)
+        (left, top), (right, bottom) = start - low, high - end
+        fluence = np.pad(self.fluence, ((top, bottom), (left, right)))
+        return TileMap(self.field_nm, fluence, self.error_nm, (int(low[0]), int(low[1])))
 
 
 def outside_field(region: ScanRegion, field_nm: tuple[float, float]) -> str | None:

@@ -166,3 +166,16 @@ def test_a_budget_in_a_currency_that_is_not_metered_refuses():
         total([]),
         tiles,
     )
+
+
+@given(st.floats(-60, 60), st.floats(-60, 60), st.floats(-3, 3), st.floats(0, 4))
+def test_a_map_grows_with_the_stage_and_forgets_nothing(x, y, turn, error):
+    """Wherever the stage has brought the specimen, every point of a region lies in a tile that was charged."""
+    first = ScanRegion(center_nm=(10, 10), fov_nm=(4, 3), shape=(8, 8), dwell_time_s=1e-6)
+    region = ScanRegion(center_nm=(x, y), fov_nm=(7, 5), rotation_rad=turn, shape=(8, 8), dwell_time_s=1e-6)
+    tiles = TileMap((20, 20), error_nm=error).add(first, 5.0).add(region, 3.0)
+    ox, oy = tiles.origin
+    for corner_x, corner_y in region.corners_nm():
+        assert tiles.fluence[math.floor(corner_y) - oy, math.floor(corner_x) - ox] >= 3.0
+    assert tiles.fluence[10 - oy, 10 - ox] >= 5.0
+    assert tiles.peak_after(region, 1.0) >= 4.0
