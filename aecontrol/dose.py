@@ -170,7 +170,7 @@ class TileMap:
         if outside_field(region, self.field_nm) is None:
             return self
         ny, nx = self.fluence.shape
-        start, end = np.array(self.origin), np.array(self.origin) + (nx, ny)
+        start, end = np.array(self.origin), np.add(self.origin, (nx, ny))
         corners, reach = np.array(region.corners_nm()) / TILE_NM, math.sqrt(2.0) * self._reach(1.0, 1.0) / TILE_NM
         low = np.minimum(np.floor(corners.min(axis=0) - reach).astype(int), start)
         high = np.maximum(np.ceil(corners.max(axis=0) + reach).astype(int), end)
