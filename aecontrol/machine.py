@@ -355,10 +355,10 @@ def preflight(plan: Plan, capabilities: Capabilities) -> None:
         raise BadInput("drift cannot be followed on a record, whose pixels stand still", "leave out the table [drift]")
     state = State(session="", seed=0, plan=plan, capabilities=capabilities)
     state = replace(state, tiles=TileMap.of(state.bounded))
-    margin = plan.drift.margin_nm if plan.drift is not None else 0.0
-    regions = [("sub-scan", region) for region in candidate_grid(plan.scan, capabilities.field_nm, margin)[:1]]
+    grid = candidate_grid(plan.scan, capabilities.field_nm, plan.margin_nm)
+    regions = [("sub-scan", region) for region in grid[:1]]
     if plan.overview is not None:
-        regions.insert(0, ("overview", overview_region(plan.overview, capabilities.field_nm, margin)))
+        regions.insert(0, ("overview", overview_region(plan.overview, capabilities.field_nm, plan.margin_nm)))
     if plan.drift is not None:
         regions.insert(0, ("drift's reference region", reference_region(plan.drift)))
     for name, region in regions:
@@ -450,8 +450,7 @@ def next_command(state: State) -> Command | None:
 def _take_overview(state: State) -> FollowPlan:
     assert state.capabilities is not None
     assert state.plan.overview is not None
-    margin = state.plan.drift.margin_nm if state.plan.drift is not None else 0.0
-    region = overview_region(state.plan.overview, state.capabilities.field_nm, margin)
+    region = overview_region(state.plan.overview, state.capabilities.field_nm, state.plan.margin_nm)
     why = "first a cheap look at the whole field"
     return FollowPlan(0, Scan(regions=(region,), role="overview", explanation=Explanation(policy="overview", why=why)))
 
@@ -552,11 +551,7 @@ def apply(state: State, event: SessionEvent) -> State:
                 phase="overview" if state.plan.overview is not None else "ready",
                 capabilities=event.capabilities,
                 perceiver=event.perceiver,
-                candidates=candidate_grid(
-                    state.plan.scan,
-                    event.capabilities.field_nm,
-                    state.plan.drift.margin_nm if state.plan.drift is not None else 0.0,
-                ),
+                candidates=candidate_grid(state.plan.scan, event.capabilities.field_nm, state.plan.margin_nm),
                 tiles=TileMap.of(replace(state, capabilities=event.capabilities).bounded),
             )
         case Resumed():

@@ -321,3 +321,8 @@ class Plan(Model):
     decision_seconds: NonNegative = Field(1.0, description="fixed time charged to each decision, s")
     learn_patches: Count = Field(0, description="train the embedding once this many patches are recorded; 0: never")
     match_nm: Positive = Field(description="two finds closer than this are one object, and the scoring gate, nm")
+
+    @property
+    def margin_nm(self) -> float:
+        """How far overview and sub-scans keep from the field's edges, nm."""
+        return 0.0 if self.drift is None else self.drift.margin_nm
