@@ -1,17 +1,22 @@
 """The shared word: what server and watchdog tell each other without waiting for each other.
 
-A file of 64-bit integers, mapped into both processes. Each number is written by one side only, with one aligned store,
-and read with one aligned load, so that nobody ever sees half of it and a process that stops in between holds nobody
-up. Times are CLOCK_MONOTONIC, which all processes of one machine share, in ns.
+64-bit integers in memory that both processes map. It belongs to a folder, but lies in no file of a disk, where a store
+may have to wait until the disk has written what was stored before. Each number is written by one side only, with one
+aligned store, and read with one aligned load, so that nobody ever sees half of it and a process that stops in between
+holds nobody up. Times are CLOCK_MONOTONIC, which all processes of one machine share, in ns.
 """
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import time
 from pathlib import Path
 
+from aecontrol.errors import BadInput
+
+MEMORY = Path("/dev/shm")
 _BYTES = 64
 
 
@@ -29,7 +34,7 @@ class _Number:
 
 
 class BeatWord:
-    """The word in ``folder``; made when it is not there, all 0."""
+    """The word of ``folder``; made when it is not there, all 0. Raises BadInput when somebody else has made it."""
 
     # written by the server
     server_pid = _Number(0)
@@ -44,13 +49,18 @@ class BeatWord:
     poll_ns = _Number(4)
     """When the watchdog last looked; 0 until it has blanked the beam for the first time."""
     trips = _Number(5)
-    """How often it had to blank, ever; survives restarts of both."""
+    """How often it had to blank; survives restarts of both, not of the machine."""
     blanked_ns = _Number(6)
     """When the last blanking that it asked for was carried out."""
 
     def __init__(self, folder: Path) -> None:
-        descriptor = os.open(folder / "beats", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+        self._path = MEMORY / f"aecontrol-{name}"
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
+            found = os.fstat(descriptor)
+            if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+                raise BadInput(f"{self._path} belongs to another user", "delete it, as that user")
             os.ftruncate(descriptor, _BYTES)
             self._map = mmap.mmap(descriptor, _BYTES)
         finally:
@@ -68,6 +78,11 @@ class BeatWord:
         return time.monotonic_ns() - self.poll_ns < 0.5e9 * interval_s
 
     def close(self) -> None:
-        """Let go of the word; the file stays."""
+        """Let go of the word; it stays for the others."""
         self.numbers.release()
         self._map.close()
+
+    def remove(self) -> None:
+        """Let go, and forget the word: for a bridge that is given up."""
+        self.close()
+        self._path.unlink(missing_ok=True)

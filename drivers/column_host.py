@@ -54,6 +54,7 @@ from .column_messages import (
     encode,
 )
 from .column_truth import ideal_message, truth_message
+from .log_aside import log_aside
 from .spool import Spool, spooled_channels
 
 log = logging.getLogger(__name__)
@@ -312,8 +313,10 @@ def main(config: Path, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    listener = log_aside()
     try:
         sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
     except AecontrolError as error:
         sys.exit(f"{error}")
+    finally:
+        listener.stop()

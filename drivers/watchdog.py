@@ -29,6 +29,7 @@ from .beat_word import BeatWord
 from .bridge_file import read_bridge_file
 from .column_link import ColumnLink, column_lives
 from .column_messages import Blank, Blanked
+from .log_aside import log_aside
 
 log = logging.getLogger(__name__)
 TRIP = 1.5
@@ -37,6 +38,8 @@ POLL = 1 / 20
 """Time between two looks, in heartbeats."""
 REPEAT = 1 / 2
 """Time between two attempts, in heartbeats."""
+HELD_UP = 1 / 4
+"""Time between two looks, in heartbeats, from which the machine is too busy to be relied on; it is logged."""
 LOG_NS = 1_000_000_000
 LOCK_S = 2.0
 
@@ -176,7 +179,7 @@ class Watchdog:
         return gone and self._nothing_left(now_ns)
 
     def _begin(self, why: str) -> None:
-        log.info("%s: blanking", why)
+        log.warning("%s: blanking", why)
         self._blanking = True
         self._confirmed_ns = self._next_ns = 0
         self._log_ns = time.monotonic_ns() + LOG_NS
@@ -191,7 +194,7 @@ class Watchdog:
         if done_ns and not self._confirmed_ns:
             self._word.blanked_ns = done_ns
             self._watching = True
-            log.info("blanked")
+            log.info("blanked %.0f ms after the last stamp", 1e-6 * (done_ns - self._word.stamp_ns))
         self._confirmed_ns = done_ns
         if not done_ns and now_ns > self._log_ns:
             self._log_ns = now_ns + LOG_NS
@@ -220,13 +223,19 @@ def main(config: Path, folder: Path) -> int:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     path = ColumnPath(ColumnLink(context, folder), folder) if blanker is None else OwnPath(blanker)
     word = BeatWord(folder)
+    word.poll_ns = 0  # not the last look of an earlier process
     word.watchdog_pid = os.getpid()
     watchdog = Watchdog(word, path, interval_s)
     gc.collect()
     gc.freeze()
     gc.disable()
-    while not watchdog.look(time.monotonic_ns()):
+    before_ns = time.monotonic_ns()
+    while not watchdog.look(now_ns := time.monotonic_ns()):
+        if now_ns - before_ns > HELD_UP * 1e9 * interval_s:
+            log.warning("held up by the machine for %.0f ms", 1e-6 * (now_ns - before_ns))
+        before_ns = now_ns
         time.sleep(POLL * interval_s)
+    word.poll_ns = 0
     log.info("nothing left to watch")
     if blanker is not None:
         blanker.close()
@@ -249,8 +258,10 @@ def start_watchdog(config: Path, folder: Path) -> subprocess.Popen[bytes]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    listener = log_aside()
     try:
         sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
     except AecontrolError as error:
         sys.exit(f"{error}")
+    finally:
+        listener.stop()

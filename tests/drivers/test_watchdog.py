@@ -24,17 +24,19 @@ H_S = 0.1
 def word(tmp_path):
     word = BeatWord(tmp_path)
     yield word
-    word.close()
+    word.remove()
 
 
 @pytest.fixture
-def watch(tmp_path):
-    """Starts watchdogs, and ends them all."""
+def watch(tmp_path, word):
+    """Starts watchdogs, waits until they watch, and ends them all."""
     started = []
 
-    def start(folder=tmp_path):
-        started.append(start_watchdog(folder / "bridge.toml", folder))
-        return started[-1]
+    def start(watching=True):
+        process = start_watchdog(tmp_path / "bridge.toml", tmp_path)
+        started.append(process)
+        until(lambda: not watching or (word.watchdog_pid == process.pid and word.watched(H_S)))
+        return process
 
     yield start
     for process in started:
@@ -54,7 +56,6 @@ def blanking_times(link, folder, word, watch, signals):
         with server(folder) as process:
             until(lambda pid=process.pid: word.server_pid == pid)
             watchdog = watch()
-            until(lambda: word.watched(H_S))
             link.ask(fire(number, a_region(10.0)), 5.0)
             until(lambda: beam_on(link))
             time.sleep(0.01 * (number % 7))  # at any moment between two stamps
@@ -94,7 +95,6 @@ def test_a_server_that_wakes_up_and_fires_is_blanked_again(tmp_path, word, watch
     with column(tmp_path) as (link, _), server(tmp_path) as process:
         until(lambda: word.server_pid == process.pid)
         watchdog = watch()
-        until(lambda: word.watched(H_S))
         os.kill(process.pid, signal.SIGSTOP)
         until(lambda: word.trips == 1)
         time.sleep(3 * H_S)
@@ -115,7 +115,6 @@ def test_a_beat_that_comes_keeps_the_beam_on_and_ctrl_c_does_not_stop_the_watch(
     with column(tmp_path) as (link, _), server(tmp_path) as process:
         until(lambda: word.server_pid == process.pid)
         watchdog = watch()
-        until(lambda: word.watched(H_S))
         os.kill(watchdog.pid, signal.SIGINT)
         assert os.getsid(watchdog.pid) == watchdog.pid
         link.ask(fire(0, a_region(1.0)), 5.0)
@@ -130,7 +129,6 @@ def test_an_unarmed_beam_is_left_alone_until_the_server_is_gone(tmp_path, word, 
     with column(tmp_path) as (link, _), server(tmp_path, armed=False) as process:
         until(lambda: word.server_pid == process.pid)
         watchdog = watch()
-        until(lambda: word.watched(H_S))
         os.kill(process.pid, signal.SIGSTOP)
         time.sleep(3 * H_S)
         assert beam_on(link) is False
@@ -145,7 +143,6 @@ def test_a_column_that_hangs_is_asked_until_it_answers(tmp_path, word, watch):
     with column(tmp_path) as (link, ready), server(tmp_path) as process:
         until(lambda: word.server_pid == process.pid)
         watchdog = watch()
-        until(lambda: word.watched(H_S))
         os.kill(ready.pid, signal.SIGSTOP)
         process.kill()
         time.sleep(2.0)
@@ -165,7 +162,7 @@ def test_without_a_column_it_never_says_that_it_watches(tmp_path, word, watch):
         until(lambda: not column_lives(tmp_path))
     with server(tmp_path, armed=False) as process:
         until(lambda: word.server_pid == process.pid)
-        watchdog = watch()
+        watchdog = watch(watching=False)
         time.sleep(1.0)
         assert (watchdog.poll(), word.poll_ns) == (None, 0)
     assert watchdog.wait(timeout=5.0) == 0  # nothing left to watch, nobody to watch for
