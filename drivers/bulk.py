@@ -64,7 +64,8 @@ def decode_request(data: bytes) -> ChunkRequest:
 
 
 class BulkServer:
-    """The bridge's end, in a thread of its own; any admitted peer may fetch.
+    """The bridge's end, in a thread of its own; any admitted peer may fetch. It is the bridge's loop that admits them,
+    through :meth:`Gate.answer`.
 
     ``resolve`` gives the file of a digest, or None; it is called from the thread, and the name it returns was chosen
     here: what a peer sends is compared, never used as a path. ``counts``: 'chunks' sent, requests that were 'absent' or

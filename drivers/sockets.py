@@ -35,7 +35,7 @@ class ControlServer:
     """The bridge's end. ``counts`` tells what was dropped: 'parts' (more than one), 'long', 'empty' messages, messages
     'ignored' because their sender had its strikes, answers to peers that are 'gone' or 'slow'.
 
-    ``address`` is where it listens, ``socket`` is there to be polled. Raises BadInput and InstrumentFault as
+    ``address`` is where it listens. Raises BadInput and InstrumentFault as
     :meth:`Gate.bind` does.
     """
 
@@ -50,8 +50,15 @@ class ControlServer:
             self.socket.close()
             raise
 
+    def register(self, poller: zmq.Poller) -> None:
+        """Have ``poller`` wake up whenever :meth:`receive` has something to do."""
+        poller.register(self.socket, zmq.POLLIN)
+        poller.register(self._gate.socket, zmq.POLLIN)
+
     def receive(self, most: int = 64) -> list[Received]:
-        """What has arrived, at most ``most`` messages, those dropped included. Never waits."""
+        """What has arrived, at most ``most`` messages, those dropped included. Never waits. Also lets in who waits at
+        the gate: to be called whenever the poller wakes."""
+        self._gate.answer()
         found: list[Received] = []
         for _ in range(most):
             parts = next_message(self.socket)

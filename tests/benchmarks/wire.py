@@ -40,7 +40,8 @@ def serve(folder: Path | None, spool: Path, pipe: Connection) -> None:
     bare = gate.context.socket(zmq.ROUTER)
     pipe.send((control.address, bulk.address, gate.bind(bare, ANY)))
     poller = zmq.Poller()
-    for waited in (control.socket, bare, pipe.fileno()):
+    control.register(poller)
+    for waited in (bare, pipe.fileno()):
         poller.register(waited, zmq.POLLIN)
     while pipe.fileno() not in (ready := dict(poller.poll())):
         for message in control.receive():

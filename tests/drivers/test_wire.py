@@ -204,23 +204,25 @@ class ShutGate(Gate):
         return [b"1.0", asked[1], b"400", b"no", b"", b""]
 
 
+class SilentGate(Gate):
+    """Answers nobody."""
+
+    def answer(self, most: int = 16) -> None:
+        pass
+
+
 @pytest.mark.parametrize(
-    ("kind", "mistake"), [(OpenGate, "stranger's key .* admitted"), (ShutGate, "a known key .* refused")]
+    ("kind", "mistake"),
+    [
+        (OpenGate, "stranger's key .* admitted"),
+        (ShutGate, "a known key .* refused"),
+        (SilentGate, "stranger's key .* no answer"),
+    ],
 )
 def test_a_gate_that_does_not_work_refuses_to_open(tmp_path: Path, kind: type[Gate], mistake: str) -> None:
     new_keys(tmp_path)
     gate = kind(KeyRing.load(tmp_path))
     with pytest.raises(InstrumentFault, match=mistake):
-        ControlServer(gate, "tcp://127.0.0.1:*")
-    gate.close()
-
-
-def test_a_gate_whose_authenticator_is_silent_refuses_to_open(tmp_path: Path) -> None:
-    new_keys(tmp_path)
-    gate = Gate(KeyRing.load(tmp_path))
-    gate._ended.set()
-    gate._thread.join()
-    with pytest.raises(InstrumentFault, match="no answer"):
         ControlServer(gate, "tcp://127.0.0.1:*")
     gate.close()
 

@@ -27,7 +27,7 @@ def main() -> None:
     bulk = BulkServer(gate, "tcp://127.0.0.1:*", lambda digest: spool / digest)
     print(json.dumps({"control": control.address, "bulk": bulk.address}), flush=True)
     poller = zmq.Poller()
-    poller.register(control.socket, zmq.POLLIN)
+    control.register(poller)
     poller.register(sys.stdin, zmq.POLLIN)
     served = 0
     while sys.stdin.fileno() not in dict(poller.poll()):
