@@ -51,6 +51,15 @@ class ScanRegion(Model):
         center = (self.center_nm[0] + self.shift_nm[0], self.center_nm[1] + self.shift_nm[1])
         return self.model_copy(update={"center_nm": center, "shift_nm": (0.0, 0.0)})
 
+    def first_lines(self, rows: int) -> ScanRegion:
+        """The region that its first ``rows`` lines cover."""
+        height = self.fov_nm[1] * rows / self.shape[0]
+        up = (self.fov_nm[1] - height) / 2
+        x, y = self.center_nm
+        center = (x + up * math.sin(self.rotation_rad), y - up * math.cos(self.rotation_rad))
+        update = {"center_nm": center, "fov_nm": (self.fov_nm[0], height), "shape": (rows, self.shape[1])}
+        return self.model_copy(update=update)
+
     @property
     def pixels(self) -> int:
         """Number of pixels."""

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from aecontrol.durable import FolderLock
 from aecontrol.errors import AecontrolError, BadInput, InstrumentFault, StorageFault
-from aecontrol.exposure import InterlockLimits, Ledger, LedgerRecord
+from aecontrol.exposure import InterlockLimits, Ledger, LedgerRecord, delivered
 from aecontrol.exposure import messages as m
 from aecontrol.exposure import server as core
 from aecontrol.journal import Journal
@@ -41,6 +41,7 @@ from .gate import Gate, check_address
 from .keys import KeyRing
 from .sockets import ControlServer
 from .spool import Spool, spooled_channels
+from .watchdog import start_watchdog
 
 log = logging.getLogger(__name__)
 LOCK = "bridge.lock"
@@ -114,12 +115,14 @@ class Bridge:
         self._journal = Journal(self.folder / "ledger.sqlite")
         stack.callback(self._journal.close)
         _same_instrument(self._journal.bodies, capabilities)
-        self.core = core.Server(Ledger.empty(capabilities), self._journal.bodies, limits, timing, uuid.uuid4().hex)
+        self.core = core.Server(
+            Ledger.empty(capabilities, limits), self._journal.bodies, limits, timing, uuid.uuid4().hex
+        )
         self._spool = Spool(self.folder / "spool", spooled_channels(capabilities))
         self._word = BeatWord(self.folder)
         stack.callback(self._word.close)
         self._word.claim()
-        self._watchdog = _start_watchdog(self._path, self.folder)
+        self._watchdog = start_watchdog(self._path, self.folder)
         stack.callback(self._end_watchdog)
         settled = self._settle_column(ready)
         stack.callback(self._blank_and_disarm)
@@ -141,7 +144,7 @@ class Bridge:
         """Serve until :meth:`stop`. Raises StorageFault when the ledger cannot be written: the beam is then blanked,
         and nothing that happened afterwards was said to anybody."""
         poller = zmq.Poller()
-        poller.register(self._control.socket, zmq.POLLIN)
+        self._control.register(poller)
         poller.register(self._link.socket, zmq.POLLIN)
         tick_ms = max(1, int(1e3 * self.core.timing.heartbeat_s / 20))
         try:
@@ -191,7 +194,7 @@ class Bridge:
         if self._watchdog.poll() is not None:
             log.error("the watchdog has ended; starting another")
             self._blank("the watchdog is down")
-            self._watchdog = _start_watchdog(self._path, self.folder)
+            self._watchdog = start_watchdog(self._path, self.folder)
         while self._gate.refusals:
             log.warning("turned away: %s", self._gate.refusals.popleft())
         silent = now_s - self._heard_s > SILENT_S
@@ -304,12 +307,10 @@ class Bridge:
                 f"the instrument has fired {strange[0][:12]}, which the ledger does not know: the ledger is too old",
                 "bring back the newest ledger of this specimen; nothing will be exposed from this one",
             )
-        seen = {shot.key for shot in ready.shots}
-        missing = []
-        for ordinal, key in enumerate(ledger.fired):
-            region = entries[key].region
-            if key not in seen and region is not None:
-                missing.append(column.AbsorbedShot(key=key, ordinal=ordinal, region=region.sent))
+        missing = []  # a column that has lived on knows what it did; one that has just begun is told
+        for ordinal, key in enumerate(() if ready.shots else ledger.fired):
+            if (region := delivered(entries[key])) is not None:
+                missing.append(column.AbsorbedShot(key=key, ordinal=ordinal, region=region))
         for first in range(0, len(missing), column.MAX_ABSORBED // 4):
             shots = tuple(missing[first : first + column.MAX_ABSORBED // 4])
             answer = self._link.ask(column.Absorb(shots=shots), 600.0).message
@@ -352,17 +353,6 @@ def _same_instrument(bodies: list[str], capabilities: Capabilities) -> None:
         raise InstrumentFault(
             f"the ledger belongs to {first!r}, this instrument is {capabilities.identity!r}",
             "give another bridge.folder: a ledger belongs to one specimen in one instrument",
-        )
-
-
-def _start_watchdog(config: Path, folder: Path) -> subprocess.Popen[bytes]:
-    with open(folder / "watchdog.log", "ab") as log_file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "drivers.watchdog", str(config), str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=log_file,
-            stderr=log_file,
-            start_new_session=True,
         )
 
 

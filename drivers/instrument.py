@@ -23,6 +23,7 @@ from aecontrol.exposure import (
     Outcome,
     absorb,
     answer,
+    delivered,
     on_boot,
     on_cancel,
     on_expose,
@@ -81,7 +82,7 @@ class Instrument:
         self._column, self._capabilities, self._limits = column, capabilities, limits
         self._spool = Spool(folder / "spool", spooled_channels(capabilities))
         self._journal = Journal(folder / "ledger.sqlite")
-        self._ledger = Ledger.empty(capabilities)
+        self._ledger = Ledger.empty(capabilities, limits)
         records = [LedgerRecord.model_validate_json(body) for body in self._journal.bodies]
         if records and records[0].reason != capabilities.identity:
             raise InstrumentFault(
@@ -94,9 +95,8 @@ class Instrument:
         for record in list(on_boot(self._ledger, self._spool.complete(firing))):
             self._write(record)
         for ordinal, key in enumerate(self._ledger.fired):
-            region = self._ledger.entries[key].region
-            assert region is not None
-            column.absorb(ordinal, region.sent)
+            if (region := delivered(self._ledger.entries[key])) is not None:
+                column.absorb(ordinal, region)
         if not records:
             self._write(LedgerRecord(kind="OPEN", reason=capabilities.identity))
 

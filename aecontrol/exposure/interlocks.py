@@ -29,9 +29,20 @@ class InterlockLimits(Model):
     max_shift_nm: NonNegative = Field(
         100.0, description="farthest that a controller may claim the specimen to have drifted, nm"
     )
+    drift_nm: NonNegative | None = Field(
+        None,
+        description="how far the specimen may drift unnoticed, nm; a fluence budget needs it where it drifts",
+    )
     max_current_deviation: Annotated[float, Field(gt=0)] = Field(
         0.1, description="relative deviation of the measured dose from current x time that latches"
     )
+
+
+def tile_bounds(capabilities: Capabilities, limits: InterlockLimits) -> Capabilities:
+    """The instrument as its own fluence map sees it: drift, where its owner bounds it, is one more error."""
+    if not capabilities.drifts or limits.drift_nm is None:
+        return capabilities
+    return capabilities.held(limits.drift_nm)
 
 
 def frame_bytes(region: ScanRegion, capabilities: Capabilities) -> int:
@@ -53,7 +64,9 @@ def over_shot_limits(
     The controller's bound must cover what this instrument computes for itself: otherwise its ledger would hold less
     than what is delivered.
     """
-    own = bound_charge(region, capabilities)
+    if capabilities.drifts and limits.drift_nm is None and limits.budget.peak_fluence_e_per_A2 is not None:
+        return "a fluence budget cannot be kept where the specimen drifts: limits.drift_nm says nothing"
+    own = bound_charge(region, tile_bounds(capabilities, limits))
     if own.electrons is not None and (bound.electrons is None or bound.electrons < own.electrons):
         return f"the bound of {bound.electrons} electrons is below the {own.electrons} that it can deliver"
     if bound.pixels < own.pixels:

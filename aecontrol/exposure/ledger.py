@@ -10,7 +10,7 @@ from aecontrol.dose import TileMap, Totals, over_budget, over_limits
 from aecontrol.errors import InstrumentFault
 from aecontrol.types import Capabilities, Charge, Count, Model, ScanRegion, Sha256
 
-from .interlocks import InterlockLimits, dose_disagreement, over_shot_limits
+from .interlocks import InterlockLimits, dose_disagreement, over_shot_limits, tile_bounds
 from .keys import Outcome, command_digest
 
 
@@ -70,9 +70,23 @@ class Ledger:
     stage_nm: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
-    def empty(cls, capabilities: Capabilities) -> Ledger:
-        """A ledger with no record."""
-        return cls(capabilities, {}, (), Totals(), TileMap.of(capabilities))
+    def empty(cls, capabilities: Capabilities, limits: InterlockLimits | None = None) -> Ledger:
+        """A ledger with no record; ``limits``: whose drift its map of fluence allows for."""
+        bounds = tile_bounds(capabilities, limits or InterlockLimits())
+        return cls(capabilities, {}, (), Totals(), TileMap.of(bounds))
+
+
+def delivered(entry: Entry) -> ScanRegion | None:
+    """Where the electrons of a key that fired went, in the instrument's field: all of its region, or the lines that a
+    pulse which ended early has scanned (the line that was begun counts); None when there were none. Of INDET nothing
+    less than all is known; the pixels of a record are counted when they are new, so they tell nothing."""
+    assert entry.region is not None
+    whole, measured = entry.region.sent, entry.measured
+    if measured is None or measured.electrons is None or measured.pixels >= whole.pixels:
+        return whole
+    if measured.electrons == 0:
+        return None
+    return whole.first_lines(max(1, -(-measured.pixels // whole.shape[1])))
 
 
 def absorb(ledger: Ledger, record: LedgerRecord) -> Ledger:
