@@ -31,10 +31,10 @@ class Recorder(apsw.VFS):
         self.log: list[Operation] = []
         super().__init__(name, "")
 
-    def xOpen(self, name: Any, flags: list[int]) -> RecordedFile:  # noqa: N802
+    def xOpen(self, name: Any, flags: list[int]) -> RecordedFile:
         return RecordedFile(self.log, name, flags)
 
-    def xDelete(self, filename: str, syncdir: bool) -> None:  # noqa: N802
+    def xDelete(self, filename: str, syncdir: bool) -> None:
         super().xDelete(filename, syncdir)
         self.log.append(Operation("delete", Path(filename).name))
 
@@ -47,15 +47,15 @@ class RecordedFile(apsw.VFSFile):
         self._name = Path(name.filename() if isinstance(name, apsw.URIFilename) else name or "temporary").name
         super().__init__("", name, flags)
 
-    def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802
+    def xWrite(self, data: bytes, offset: int) -> None:
         super().xWrite(data, offset)
         self._log.append(Operation("write", self._name, offset, bytes(data)))
 
-    def xSync(self, flags: int) -> None:  # noqa: N802
+    def xSync(self, flags: int) -> None:
         super().xSync(flags)
         self._log.append(Operation("sync", self._name))
 
-    def xTruncate(self, newsize: int) -> None:  # noqa: N802
+    def xTruncate(self, newsize: int) -> None:
         super().xTruncate(newsize)
         self._log.append(Operation("truncate", self._name, newsize))
 

@@ -13,7 +13,7 @@ from aecontrol.types import Charge, ScanRegion
 from .column import CAPABILITIES
 from .invariants import Checker
 from .network import Network
-from .swarm import H, MS
+from .swarm import MS, H
 from .world import World
 
 
