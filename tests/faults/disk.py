@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -99,6 +100,10 @@ class File:
         self.pending.clear()
 
 
+def _chance(rng: random.Random, share: float) -> bool:
+    return rng.random() < share
+
+
 def images(log: list[Operation], crashes: list[int], rng: random.Random) -> Iterator[tuple[int, dict[str, bytes]]]:
     """For each of ``crashes`` (indices into ``log``, rising) the files as a power cut just there would leave them: all
     that was synced, and any subset of the sectors that were not."""
@@ -114,11 +119,11 @@ def images(log: list[Operation], crashes: list[int], rng: random.Random) -> Iter
             else:
                 file.pending.append(operation)
         done = crash
-        share = rng.choice((0.0, 0.1, 0.5, 0.9, 1.0))
+        keep = partial(_chance, rng, rng.choice((0.0, 0.1, 0.5, 0.9, 1.0)))
         image = {}
         for name, file in files.items():
             content = bytearray(file.synced)
             for operation in file.pending:
-                file.apply(content, operation, lambda: rng.random() < share)
+                file.apply(content, operation, keep)
             image[name] = bytes(content)
         yield crash, image

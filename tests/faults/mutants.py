@@ -62,11 +62,7 @@ def no_dedupe(patch):
 def firing_written_after_fire(patch):
     def later(honest, self, peer, request, now):
         effects = honest(self, peer, request, now)
-        return (
-            sorted(effects, key=lambda e: isinstance(e, Append))
-            if any(isinstance(e, Fire) for e in effects)
-            else effects
-        )
+        return sorted(effects, key=lambda e: isinstance(e, Append))
 
     reshape(patch, Server, "_on_expose", later)
 

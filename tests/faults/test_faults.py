@@ -10,8 +10,8 @@ from .campaign import hunt, play, verdicts
 from .mutants import MUTANTS
 
 BITES = (
-    "dropped", "delayed", "malformed", "partition", "half_open", "file damaged", "server crash", "server hang", "reboot",
-    "disk stall", "disk full", "write refused", "fsync failed", "watchdog killed", "interlock", "late", "column broke",
+    "dropped", "delayed", "malformed", "partition", "half_open", "file damaged", "server crash", "server hang",
+    "reboot",    "disk stall", "disk full", "write refused", "fsync failed", "watchdog killed", "interlock", "late", "column broke",
     "old ledger restored", "controller crash", "controller hang", "C's disk is full", "slow fit",
     "rival holds the lease", "rival: replay", "rival: storm", "rival: cancel", "cut: watchdog", "cut: no heartbeat",
     "cut: the watchdog is down", "cut: the lease changed hands", "key: POST", "key: VOID", "key: INDET", "end: rule",
