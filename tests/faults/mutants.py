@@ -174,6 +174,17 @@ def volatile_epoch(patch):
 
 
 @mutant
+def boot_id_not_checked(patch):
+    """Another process answers for keys that only the ledger of an earlier one may know."""
+
+    def anyones(honest, self, peer, request, *now):
+        return honest(self, peer, request.model_copy(update={"boot_id": self.boot_id}), *now)
+
+    reshape(patch, Server, "_on_cancel", anyones)
+    reshape(patch, Server, "_on_expose", anyones)
+
+
+@mutant
 def deadline_not_checked(patch):
     def timeless(honest, self, peer, request, now):
         return honest(self, peer, request.model_copy(update={"deadline_ns": FOREVER}), now)

@@ -93,7 +93,7 @@ class Rival:
 
     def _cancel(self) -> None:
         if keys := list(self._checker.steps):
-            self._send(m.Cancel, key=self._world.rng.choice(keys[-2:]))
+            self._send(m.Cancel, boot_id=self._mono[0] or "boot1", key=self._world.rng.choice(keys[-2:]))
 
     def _blank(self) -> None:
         self._send(m.Blank)

@@ -11,8 +11,8 @@ from .mutants import MUTANTS
 
 BITES = (
     "dropped", "delayed", "malformed", "partition", "half_open", "file damaged", "server crash", "server hang",
-    "reboot",    "disk stall", "disk full", "write refused", "fsync failed", "watchdog killed", "interlock", "late", "column broke",
-    "old ledger restored", "controller crash", "controller hang", "C's disk is full", "slow fit",
+    "reboot", "disk stall", "disk full", "write refused", "fsync failed", "watchdog killed", "interlock", "late",
+    "column broke", "old ledger restored", "controller crash", "controller hang", "C's disk is full", "slow fit",
     "rival holds the lease", "rival: replay", "rival: storm", "rival: cancel", "cut: watchdog", "cut: no heartbeat",
     "cut: the watchdog is down", "cut: the lease changed hands", "key: POST", "key: VOID", "key: INDET", "end: rule",
     "end: budget", "end: safety", "end: refused",
@@ -25,17 +25,20 @@ FIRST_NOTICED = {
     "indet_charged_zero": 6,
     "indet_charged_zero_by_c": 6,
     "trusts_the_bound_of_c": 33,
-    "cancel_settles_a_running_pulse": 4,
+    "cancel_settles_a_running_pulse": 30,
     "no_epoch_check": 36,
+    "boot_id_not_checked": 348,
     "deadline_not_checked": 94,
     "fire_not_held_back": 30,
     "tick_not_checked": 134,
     "fenced_beat_accepted": 249,
     "takeover_does_not_blank": 185,
     "no_watchdog": 17,
-    "watchdog_not_watched": 842,
-    "mirror_not_compared": 487,
+    "watchdog_not_watched": 248,
+    "mirror_not_compared": 63,
     "digest_not_checked": 40,
+    "fresh_key_on_timeout": 11,
+    "void_on_timeout": 6,
 }
 """First seed in which each deliberate defect is noticed, found by ``--mutants``; those not named: among the first ten.
 When the worlds change, look them up anew."""
