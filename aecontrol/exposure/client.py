@@ -111,13 +111,13 @@ class Client:
             give_up = self._now() + self._patience_s
             while True:
                 self._attach()
-                reply = self._ask(m.Cancel, ASK_S, beating=True, key=key)
+                reply = self._ask(m.Cancel, ASK_S, beating=True, boot_id=self._boot_id, key=key)
                 if isinstance(reply, m.Settled):
                     return reply.outcome
                 if isinstance(reply, m.Firing):  # it ends by itself
                     give_up = self._now() + self._patience_s
                     self._wait(lambda: key in self._outcomes, self._heartbeat_s, beating=True)
-                elif isinstance(reply, m.Refusal):
+                elif isinstance(reply, m.Refusal) and reply.code != "STALE":
                     raise InstrumentFault(f"the bridge will not settle {key[:12]}: {reply.code}, {reply.reason}")
                 else:
                     self._lost(give_up, f"key {key[:12]} stays charged at its bound until `aecontrol resume`")
@@ -194,6 +194,9 @@ class Client:
                 return reply.outcome
             if isinstance(reply, m.Firing):
                 return self._outcome(key, bound.seconds)
+            if isinstance(reply, m.Refusal) and reply.code == "STALE":  # another process: compare its ledger, then ask
+                self._attached = False
+                return None
             if isinstance(reply, m.Refusal):
                 raise InstrumentFault(f"the bridge refused {key[:12]}: {reply.code}, {reply.reason}")
         return None

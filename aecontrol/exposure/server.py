@@ -340,6 +340,8 @@ class Server:
 
     def _on_expose(self, peer: Peer, request: m.Expose, now_ns: int) -> list[Effect]:
         key = request.key
+        if request.boot_id != self.boot_id:
+            return [self._restarted(peer, request)]
         known = key in self.ledger.entries
         refusal = None if known else self._may_not_fire(peer, request, now_ns)
         record = on_expose(self.ledger, key, request.region, request.bound, self.limits, refusal, request.session)
@@ -426,6 +428,8 @@ class Server:
         return [self._append(LedgerRecord(kind="STAGE", stage_nm=request.to_nm)), MoveStage(request.to_nm)]
 
     def _on_cancel(self, peer: Peer, request: m.Cancel) -> list[Effect]:
+        if request.boot_id != self.boot_id:
+            return [self._restarted(peer, request)]
         effects: list[Effect] = []
         if self.live is None or self.live.key != request.key:
             record = on_cancel(self.ledger, request.key)
@@ -478,6 +482,11 @@ class Server:
 
     def _settled(self, route: bytes, re: int, key: str) -> Send:
         return Send(route, m.Settled(re=re, outcome=answer(self.ledger, key)))
+
+    def _restarted(self, peer: Peer, request: m.Request) -> Send:
+        """Nothing is said of a key, nor written, before the controller has compared this process's ledger with what it
+        knows: it may be an old copy."""
+        return self._refuse(peer, request, "STALE", "the bridge has been restarted since")
 
     def _refuse(self, peer: Peer, request: m.Request, code: m.Code, reason: str) -> Send:
         return Send(peer.route, m.Refusal(re=request.id, code=code, reason=reason))

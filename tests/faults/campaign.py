@@ -95,6 +95,7 @@ def _live(world: World, folder: Path, patch: pytest.MonkeyPatch) -> None:
 def _demand_rest(world: World, controller: Controller, checker: Checker) -> None:
     """Faults have stopped: what is open now must be settled ten seconds after C runs again, and the session end."""
     open_keys = [key for key, state in checker.c.state.items() if state == "RESERVED"]
+
     def settled() -> None:
         if not checker.restored:
             checker.settled(open_keys)
@@ -132,7 +133,7 @@ def verdicts(seeds: range, workers: int) -> Iterator[Verdict]:
     if workers <= 1:
         yield from map(play, seeds)
         return
-    with multiprocessing.get_context("fork").Pool(workers, maxtasksperchild=5000) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=5000) as pool:
         yield from pool.imap_unordered(play, seeds, chunksize=20)
 
 
@@ -145,7 +146,7 @@ def hunt(name: str, seeds: range) -> Verdict | None:
 def hunt_all(seeds: range, workers: int) -> int:
     """Hunt every defect; print where each is noticed. The number of those that are not."""
     missed = 0
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for name, found in zip(MUTANTS, pool.imap(partial(hunt, seeds=seeds), MUTANTS), strict=True):
             missed += found is None
             print(f"{name}: " + (f"seed {found.seed}, {found.text}" if found else "NOT NOTICED"), flush=True)

@@ -14,7 +14,7 @@ from aecontrol.types import Capabilities, Charge, ScanRegion
 from aecontrol.units import electrons_per_second
 
 from .invariants import Checker
-from .swarm import H, MS, SECOND
+from .swarm import MS, SECOND, H
 from .world import World
 
 LATENCY_NS = 2 * MS
@@ -64,7 +64,7 @@ class Pulse:
 
 
 Told = Callable[[str, Charge | None, Mapping[str, str]], None]
-"""How the column's process reports to the server that commanded it: key, what was measured (None: it broke), digests."""
+"""How the column's process reports to the server that commanded it: key, measured charge (None: it broke), digests."""
 
 
 class Column:

@@ -31,7 +31,7 @@ from tests.aecontrol.parts import MeanPerceiver
 from .column import Column
 from .invariants import Checker
 from .network import Network
-from .swarm import H, MS, SECOND
+from .swarm import MS, SECOND, H
 from .world import World
 
 RESTART_NS = 1 * SECOND
@@ -228,7 +228,8 @@ class Controller:
             except AecontrolError as error:
                 self.world.tell("session ends: " + type(error).__name__)
                 wrong_plan = isinstance(error, BadInput)
-                if wrong_plan or self.checker.restored and ("bring back the newest" in str(error) or self.world.quiet):
+                wrong_ledger = "bring back the newest" in str(error) or self.world.quiet
+                if wrong_plan or (self.checker.restored and wrong_ledger):
                     self.refused = str(error)
             finally:
                 self.running = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -31,10 +32,10 @@ class Recorder(apsw.VFS):
         self.log: list[Operation] = []
         super().__init__(name, "")
 
-    def xOpen(self, name: Any, flags: list[int]) -> RecordedFile:  # noqa: N802
+    def xOpen(self, name: Any, flags: list[int]) -> RecordedFile:
         return RecordedFile(self.log, name, flags)
 
-    def xDelete(self, filename: str, syncdir: bool) -> None:  # noqa: N802
+    def xDelete(self, filename: str, syncdir: bool) -> None:
         super().xDelete(filename, syncdir)
         self.log.append(Operation("delete", Path(filename).name))
 
@@ -47,15 +48,15 @@ class RecordedFile(apsw.VFSFile):
         self._name = Path(name.filename() if isinstance(name, apsw.URIFilename) else name or "temporary").name
         super().__init__("", name, flags)
 
-    def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802
+    def xWrite(self, data: bytes, offset: int) -> None:
         super().xWrite(data, offset)
         self._log.append(Operation("write", self._name, offset, bytes(data)))
 
-    def xSync(self, flags: int) -> None:  # noqa: N802
+    def xSync(self, flags: int) -> None:
         super().xSync(flags)
         self._log.append(Operation("sync", self._name))
 
-    def xTruncate(self, newsize: int) -> None:  # noqa: N802
+    def xTruncate(self, newsize: int) -> None:
         super().xTruncate(newsize)
         self._log.append(Operation("truncate", self._name, newsize))
 
@@ -99,6 +100,10 @@ class File:
         self.pending.clear()
 
 
+def _chance(rng: random.Random, share: float) -> bool:
+    return rng.random() < share
+
+
 def images(log: list[Operation], crashes: list[int], rng: random.Random) -> Iterator[tuple[int, dict[str, bytes]]]:
     """For each of ``crashes`` (indices into ``log``, rising) the files as a power cut just there would leave them: all
     that was synced, and any subset of the sectors that were not."""
@@ -114,11 +119,11 @@ def images(log: list[Operation], crashes: list[int], rng: random.Random) -> Iter
             else:
                 file.pending.append(operation)
         done = crash
-        share = rng.choice((0.0, 0.1, 0.5, 0.9, 1.0))
+        keep = partial(_chance, rng, rng.choice((0.0, 0.1, 0.5, 0.9, 1.0)))
         image = {}
         for name, file in files.items():
             content = bytearray(file.synced)
             for operation in file.pending:
-                file.apply(content, operation, lambda: rng.random() < share)
+                file.apply(content, operation, keep)
             image[name] = bytes(content)
         yield crash, image

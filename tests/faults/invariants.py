@@ -13,7 +13,7 @@ from typing import Any
 
 from aecontrol.types import Budget, ScanRegion
 
-from .swarm import H, MS, SECOND
+from .swarm import MS, SECOND, H
 from .world import World
 
 _TERMINAL = ("POST", "VOID", "INDET")
@@ -140,7 +140,8 @@ class Checker:
             self.beat_ns = self._acquired_ns
         elif "key" in record and not self.restored:
             self._learn_s(kind, record)
-        if claimed is not None and not self.restored and claimed < (sure := sum(self.delivered.values()) + self._flowing()):
+        sure = sum(self.delivered.values()) + self._flowing()
+        if claimed is not None and claimed < sure and not self.restored:
             self._world.fail("I2", f"S says that {claimed} electrons are charged, {sure} are delivered")
 
     def _learn_s(self, kind: str, record: dict[str, Any]) -> None:
@@ -280,5 +281,6 @@ class Checker:
             mine, theirs = self.c.state[key], self.s.state.get(key, "absent")
             if mine not in _TERMINAL or theirs != mine:
                 self._world.fail("I7", f"{key[:8]} is {mine} for C, {theirs} for S")
-            if mine != "VOID" and (self.c.charge[key], self.c.digests[key]) != (self.s.charge[key], self.s.digests[key]):
+            both = [(account.charge[key], account.digests[key]) for account in (self.c, self.s)]
+            if mine != "VOID" and both[0] != both[1]:
                 self._world.fail("I7", f"{key[:8]}: the ledgers do not agree")

@@ -62,7 +62,7 @@ def no_dedupe(patch):
 def firing_written_after_fire(patch):
     def later(honest, self, peer, request, now):
         effects = honest(self, peer, request, now)
-        return sorted(effects, key=lambda e: isinstance(e, Append)) if any(isinstance(e, Fire) for e in effects) else effects
+        return sorted(effects, key=lambda e: isinstance(e, Append))
 
     reshape(patch, Server, "_on_expose", later)
 
@@ -171,6 +171,17 @@ def volatile_epoch(patch):
         self.ledger = replace(self.ledger, epoch=0)
 
     reshape(patch, Server, "__init__", forget)
+
+
+@mutant
+def boot_id_not_checked(patch):
+    """Another process answers for keys that only the ledger of an earlier one may know."""
+
+    def anyones(honest, self, peer, request, *now):
+        return honest(self, peer, request.model_copy(update={"boot_id": self.boot_id}), *now)
+
+    reshape(patch, Server, "_on_cancel", anyones)
+    reshape(patch, Server, "_on_expose", anyones)
 
 
 @mutant

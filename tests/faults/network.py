@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from aecontrol.exposure.server import Peer
 
-from .swarm import H, MS
+from .swarm import MS, H
 from .world import World
 
 Receive = Callable[[bytes], None]

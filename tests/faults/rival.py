@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import Any, cast
 
 from aecontrol.dose import bound_charge
@@ -13,12 +14,12 @@ from aecontrol.types import Charge, ScanRegion
 from .column import CAPABILITIES
 from .invariants import Checker
 from .network import Network
-from .swarm import H, MS
+from .swarm import MS, H
 from .world import World
 
 
 class Rival:
-    """Acquires (now and then by force), exposes, goes silent, cancels and blanks the other's work, replays its bytes."""
+    """Acquires (at times by force), exposes, goes silent, cancels and blanks the other's work, repeats its bytes."""
 
     def __init__(self, world: World, network: Network, checker: Checker) -> None:
         self._world, self._network, self._checker = world, network, checker
@@ -92,7 +93,7 @@ class Rival:
 
     def _cancel(self) -> None:
         if keys := list(self._checker.steps):
-            self._send(m.Cancel, key=self._world.rng.choice(keys[-2:]))
+            self._send(m.Cancel, boot_id=self._mono[0] or "boot1", key=self._world.rng.choice(keys[-2:]))
 
     def _blank(self) -> None:
         self._send(m.Blank)
@@ -115,7 +116,7 @@ class Rival:
         """The other's last heartbeats again and again: as if it still lived."""
         beats = [data for data in self._network.recorded[-40:] if b'"BEAT"' in data][-8:]
         for n in range(24 if beats else 0):
-            self._world.at(n * 30 * MS, lambda data=beats[n % len(beats)]: self._again(data))  # type: ignore[misc]
+            self._world.at(n * 30 * MS, partial(self._again, beats[n % len(beats)]))
 
     def _again(self, data: bytes) -> None:
         route = self._network.connect(lambda _: None)

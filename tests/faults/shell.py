@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 
 from aecontrol.errors import StorageFault
 from aecontrol.exposure import InterlockLimits, Ledger
@@ -15,13 +15,18 @@ from aecontrol.types import Charge
 from .column import CAPABILITIES, Column, Watchdog
 from .invariants import Checker
 from .network import Network
-from .swarm import H, MS, SECOND
+from .swarm import MS, SECOND, H
 from .world import World
 
-TICK_NS = 5 * MS
+TICK_NS = 10 * MS
 PAGE = 4  # records in one reply: small, so that they come in several
 
 Event = Callable[[Server, int], list[Effect]]
+
+
+@cache
+def _facts(watchdog: bool, interlock: str) -> Facts:
+    return Facts(watchdog=watchdog, interlock=interlock)
 
 
 class Shell:
@@ -100,8 +105,11 @@ class Shell:
         world.at(20 * MS + int(2 * SECOND * world.rng.random() ** 3), self._start)
 
     def _restore_old(self) -> None:
-        """Somebody brings back an old copy of the ledger, older than what the controller has seen."""
+        """Somebody brings back an old copy of the ledger, older than what the controller has seen. (Lines that any new
+        process writes again, word for word, make no older copy.)"""
         known = self.latest_mirrored()
+        while known and '"INDET"' in self.disk[known - 1]:
+            known -= 1
         if known >= 2:
             self._world.tell("old ledger restored")
             del self.disk[self._world.rng.randrange(known) :]
@@ -197,7 +205,7 @@ class Shell:
             if self._todo:
                 self._perform(self._todo.popleft())
             elif self._inbox:
-                self.server.facts = Facts(watchdog=self._watchdog.seen_alive, interlock=self._interlock)
+                self.server.facts = _facts(self._watchdog.seen_alive, self._interlock)
                 now = self._world.now + self._offset_ns
                 self._todo.extend(self._inbox.popleft()(self.server, now))
             else:
@@ -214,9 +222,11 @@ class Shell:
             case Stamp():
                 self._watchdog.stamp(effect.beat_ns - self._offset_ns, effect.armed)
             case Fire():
-                slow = world.chance(world.swarm.column_slow)
-                delay = world.between(MS, 4 * H) if slow else world.between(MS // 10, MS)
-                world.at(delay, partial(self._fire, self.life, self._column.blanked, effect))
+                order = partial(self._fire, self.life, self._column.blanked, effect)
+                if world.chance(world.swarm.column_slow):
+                    world.at(world.between(MS, 4 * H), order)
+                else:
+                    order()
             case Off():
                 self._column.off(effect.reason.split(":")[0])
             case Send():

@@ -89,6 +89,8 @@ def draw(rng: random.Random) -> Swarm:
         elif spec.name in _MOST:
             drawn[spec.name] = _MOST[spec.name] * share**2 if on else 0.0
     drawn["fifo"] = rng.random() < 0.6
-    drawn["restore_old_ledger"] = rng.random() < 0.06
+    drawn["restore_old_ledger"] = rng.random() < 0.1
+    if drawn["restore_old_ledger"]:  # it takes a restart to come into its place
+        drawn["server_crash_every_s"] = _EVERY["server_crash_every_s"]
     drawn["stop_s"] = rng.uniform(2.0, 8.0)
     return Swarm(**drawn)  # type: ignore[arg-type]
