@@ -1,6 +1,6 @@
 """Malformed messages against a decoder: it must return a message or raise its own error, quickly, and keep nothing.
 
-    python tests/benchmarks/fuzz_messages.py [--decoder drivers.bulk:decode_request] [--number 1000000]
+    python -m tests.benchmarks.fuzz_messages [--decoder aecontrol.exposure.messages:decode_request] [--number 1000000]
 
 ``--decoder`` takes bytes. ``--error`` is what it may raise, ``--samples`` a function without arguments that gives valid
 messages to start from. Each message is made from its number alone, so a crash is seen again with
@@ -224,9 +224,9 @@ def campaign(number: int, processes: int, decoder: str, error: str, samples: str
 def main() -> int:
     """Print what became of the messages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decoder", default="drivers.bulk:decode_request")
+    parser.add_argument("--decoder", default="aecontrol.exposure.messages:decode_request")
     parser.add_argument("--error", default="aecontrol.errors:AecontrolError")
-    parser.add_argument("--samples", default="")
+    parser.add_argument("--samples", default="tests.faults.requests:samples")
     parser.add_argument("--number", type=int, default=1_000_000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", type=int)

@@ -3,11 +3,20 @@ tests/benchmarks/fuzz_messages.py."""
 
 from __future__ import annotations
 
+import pytest
+
 from tests.benchmarks.fuzz_messages import STRATEGIES, campaign, message
 
 
-def test_malformed_requests_are_refused_and_nothing_else_happens() -> None:
-    tally = campaign(20_000, 2, "drivers.bulk:decode_request", "aecontrol.errors:AecontrolError", "")
+@pytest.mark.parametrize(
+    ("decoder", "samples"),
+    [
+        ("drivers.bulk:decode_request", ""),
+        ("aecontrol.exposure.messages:decode_request", "tests.faults.requests:samples"),
+    ],
+)
+def test_malformed_requests_are_refused_and_nothing_else_happens(decoder: str, samples: str) -> None:
+    tally = campaign(20_000, 2, decoder, "aecontrol.errors:AecontrolError", samples)
     assert tally.crashes == []
     assert {strategy for strategy, outcome in tally.outcomes if outcome == "refused"} == {
         s.__name__ for s in STRATEGIES
