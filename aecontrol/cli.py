@@ -178,7 +178,7 @@ def bridge(
     """Serve a microscope to controllers over ZMQ, with its own ledger, limits and watchdog, until Ctrl-C."""
     from aecontrol.registry import tool
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger().setLevel(logging.INFO)
     tool("bridge")(config, clear_latch)
 
 
