@@ -7,7 +7,8 @@ bridge's own monotonic clock (ns since it does not matter when), and mean someth
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+import json
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -382,13 +383,23 @@ def decode_reply(header: bytes) -> Reply:
     return _decode(_REPLY, header)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which no field is given twice: which of the two would count?"""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a field is given twice")
+    return found
+
+
 def _decode(adapter: TypeAdapter[M], header: bytes) -> M:
     try:
+        json.loads(header, object_pairs_hook=_once)
         message = adapter.validate_json(header, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise Malformed(f"{where}: {first['msg']}"[:300]) from None
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"not JSON: {error}"[:300]) from None
     if missing := {"v", "id" if isinstance(message, AnyRequest) else "re"} - message.model_fields_set:
         raise Malformed(f"{', '.join(sorted(missing))}: missing")
     return message

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aecontrol import dose, exposure, machine
 from aecontrol.exposure import InterlockLimits, Ledger, LedgerRecord, absorb
 from aecontrol.exposure import messages as m
 from aecontrol.exposure.server import Append, Facts, Fire, Peer, Send, Server
@@ -86,7 +92,7 @@ def test_every_kind_of_request_survives_the_wire():
     assert [type(m.decode_request(sample)) for sample in samples()] == list(KINDS)
 
 
-@pytest.mark.parametrize("change", [b'{"v":2', b'{"v":1,"more":1', b'{"v":1,"id":"7"', b'{"v":1.5'])
+@pytest.mark.parametrize("change", [b'{"v":1,"v":1', b'{"v":2', b'{"v":1,"more":1', b'{"v":1,"id":"7"', b'{"v":1.5'])
 def test_another_version_an_unknown_field_or_a_wrong_type_is_malformed(change):
     for sample in samples():
         broken = sample.replace(b'{"v":1', change, 1)
@@ -94,3 +100,42 @@ def test_another_version_an_unknown_field_or_a_wrong_type_is_malformed(change):
             broken = broken.replace(b',"id":7', b"", 1)
         with pytest.raises(m.Malformed):
             m.decode_request(broken)
+
+
+LIGHT = """
+import sys
+import drivers.bridge, drivers.watchdog, drivers.column_host, drivers.backends.template, drivers.backends.recorded
+tops = {name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)
+print(" ".join(sorted(name for name in tops if not name.startswith("_"))))
+"""
+
+
+def test_the_bridge_needs_pyzmq_numpy_and_pydantic_and_nothing_else():
+    """Microscope computers are old. (What else is listed comes with these three.)"""
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=60, check=True)
+    theirs = {"zmq", "numpy", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+    assert set(done.stdout.split()) - theirs - {"cython_runtime", "sitecustomize"} == {"aecontrol", "drivers"}
+
+
+def test_the_core_has_no_clock_no_randomness_no_socket_and_no_file():
+    """What decides is told everything: the same code runs in production and in the worlds of faults."""
+    allowed = {
+        "__future__",
+        "annotated_types",
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "hashlib",
+        "json",
+        "math",
+        "typing",
+    }
+    core = [*Path(exposure.__file__).parent.glob("*.py"), Path(dose.__file__), Path(machine.__file__)]
+    for path in core:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            tops = {name.partition(".")[0] for name in names}
+            assert tops <= allowed | {"aecontrol", "numpy", "pydantic", "functools"}, f"{path}: {tops}"
+            assert not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in ("open", "print"), path
