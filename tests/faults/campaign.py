@@ -31,7 +31,7 @@ from .mutants import MUTANTS
 from .network import Network
 from .rival import Rival
 from .shell import Shell
-from .swarm import SECOND, Swarm
+from .swarm import SECOND
 from .world import Breach, World
 
 RAM = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
@@ -52,9 +52,9 @@ class Verdict:
     count: Counter[str]
 
 
-def play(seed: int, mutation: Mutation | None = None, swarm: Swarm | None = None) -> Verdict:
+def play(seed: int, mutation: Mutation | None = None) -> Verdict:
     """One world from its beginning to its end; ``invariant`` is '' when none was broken."""
-    world = World(seed, swarm)
+    world = World(seed)
     folder = Path(tempfile.mkdtemp(dir=RAM))
     invariant = text = ""
     try:

@@ -227,7 +227,7 @@ class Controller:
                 pass
             except AecontrolError as error:
                 self.world.tell("session ends: " + type(error).__name__)
-                wrong_plan = isinstance(error, BadInput)
+                wrong_plan = isinstance(error, BadInput) and "cannot be taken" in str(error)
                 wrong_ledger = "bring back the newest" in str(error) or self.world.quiet
                 if wrong_plan or (self.checker.restored and wrong_ledger):
                     self.refused = str(error)

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
-from .swarm import SECOND, Swarm, draw
+from .swarm import SECOND, draw
 
 
 class Breach(BaseException):
@@ -25,9 +25,9 @@ class World:
     ``swarm`` says what goes wrong; after ``stop_ns`` nothing does any more.
     """
 
-    def __init__(self, seed: int, swarm: Swarm | None = None) -> None:
+    def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.swarm = swarm or draw(self.rng)
+        self.swarm = draw(self.rng)
         self.now = 0
         self.stop_ns = int(self.swarm.stop_s * SECOND)
         self.count: Counter[str] = Counter()
