@@ -61,22 +61,22 @@ electrons = 1_000_000_000_000
 [stop]
 max_steps = {steps}
 """
-MAX_STARTS = 40
-"""A part that ends so often by itself, without being killed, is broken."""
+MAX_STARTS = 200
+"""A part that ends more often, killed or not, is broken."""
 
 
 class Plant:
-    """One specimen, one session, and the processes that serve them. ``steps`` exposures of ``pulse_s`` each; the
-    controller connects to port ``link`` where that is not the server's own."""
+    """One specimen, one session of ``steps`` exposures of ``pulse_s`` each, and the processes that serve them."""
 
-    def __init__(self, folder: Path, steps: int, pulse_s: float, link: int = 0) -> None:
+    def __init__(self, folder: Path, steps: int, pulse_s: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.session, self.specimen = folder, folder / "session", folder / "specimen"
         self.port = free_port()
         new_keys(folder / "keys")
         install(folder / "parts")
         (folder / "bridge.toml").write_text(BRIDGE.format(port=self.port))
-        self.connect(link or self.port, steps, pulse_s)
+        self._steps, self._pulse_s = steps, pulse_s
+        self.connect(self.port)
         self.specimen.mkdir(mode=0o700)
         self.word = BeatWord(self.specimen)
         self.starts = {"controller": 0, "server": 0}
@@ -84,9 +84,9 @@ class Plant:
         self._environment = os.environ | {"PYTHONPATH": str(folder / "parts"), "OMP_NUM_THREADS": "1"}
         self.done = False
 
-    def connect(self, link: int, steps: int, pulse_s: float) -> None:
-        """Write the session's configuration; before the controller is first started."""
-        text = SESSION.format(link=link, steps=steps, dwell_s=pulse_s / 256)
+    def connect(self, link: int) -> None:
+        """Let the controller connect to this port; before it is first started."""
+        text = SESSION.format(link=link, steps=self._steps, dwell_s=self._pulse_s / 256)
         (self.folder / "session.toml").write_text(text)
 
     def tend(self) -> None:
@@ -139,9 +139,9 @@ class Plant:
 
 
 @contextlib.contextmanager
-def plant(folder: Path, steps: int, pulse_s: float, link: int = 0) -> Iterator[Plant]:
+def plant(folder: Path, steps: int, pulse_s: float) -> Iterator[Plant]:
     """A plant; everything of it is ended at the end."""
-    made = Plant(folder, steps, pulse_s, link)
+    made = Plant(folder, steps, pulse_s)
     try:
         yield made
     finally:
