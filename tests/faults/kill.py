@@ -26,7 +26,7 @@ from drivers.column_messages import Hello, Ready, State, Stated
 
 from .accounts import Accounts, complaints, read_accounts
 from .metered import read_meter
-from .plant import Plant, Victim, hit, plant
+from .plant import Plant, hit, plant
 
 STEPS = 40
 MOMENTS = ("any", "RESERVED", "FIRING", "beam", "frame", "POST", "RECORDED")
