@@ -191,10 +191,7 @@ class Bridge:
             with contextlib.suppress(InstrumentFault):
                 self._link.send(column.State())
             self._room_bytes = shutil.disk_usage(self.folder).free - RESERVE_BYTES
-        if self._watchdog.poll() is not None:
-            log.error("the watchdog has ended; starting another")
-            self._blank("the watchdog is down")
-            self._watchdog = start_watchdog(self._path, self.folder)
+        self._keep_watchdog()
         while self._gate.refusals:
             log.warning("turned away: %s", self._gate.refusals.popleft())
         silent = now_s - self._heard_s > SILENT_S
@@ -204,6 +201,15 @@ class Bridge:
             stage_nm=self._state.stage_nm,
             room_bytes=max(0, self._room_bytes),
         )
+
+    def _keep_watchdog(self) -> None:
+        """Start another when ours has ended and nobody watches. One that an earlier server left behind, and that hung
+        meanwhile, keeps ours out and watches as well as ours would."""
+        if self._watchdog.poll() is None or self._word.watched(self.core.timing.heartbeat_s):
+            return
+        log.error("the watchdog has ended; starting another")
+        self._blank("the watchdog is down")
+        self._watchdog = start_watchdog(self._path, self.folder)
 
     def _hear_column(self) -> None:
         for _ in range(BATCH):
@@ -292,6 +298,7 @@ class Bridge:
         while not self._word.watched(self.core.timing.heartbeat_s):
             if time.monotonic() > until_s:
                 raise InstrumentFault(f"no watchdog after {WATCHDOG_S:g} s", f"see {self.folder / 'watchdog.log'}")
+            self._keep_watchdog()
             time.sleep(0.01)
 
     def _settle_column(self, ready: column.Ready) -> list[str]:
