@@ -147,8 +147,8 @@ class Park(AnyRequest):
 
 
 class Cancel(AnyRequest):
-    """What became of ``key``? One never seen is tombstoned. Only the process ``boot_id``, whose ledger the controller has
-    compared with its own, may say so: from an older ledger it would be untrue."""
+    """What became of ``key``? One never seen is tombstoned. Only the process ``boot_id``, whose ledger the controller
+    has compared with its own, may say so: from an older ledger it would be untrue."""
 
     t: Literal["CANCEL"] = "CANCEL"
     boot_id: Name
