@@ -134,7 +134,7 @@ class Client:
         with self._working():
             if spooled is not None:
                 digests = {name: file.sha256 for name, file in spooled.channels.items()}
-                self._insist(m.Forget, key=key, digests=digests)
+                self._insist(m.Forget, key=key, session=self._session, digests=digests)
             if not self._copy_ledger():
                 self._attached = False  # the next contact begins with it
 

@@ -157,10 +157,12 @@ class Cancel(AnyRequest):
 
 
 class Forget(AnyRequest):
-    """The frame of ``key`` with these digests is durable at the controller: the bridge may delete its own."""
+    """The frame of ``key`` with these digests is durable at the controller whose session exposed it: the bridge may
+    delete its own."""
 
     t: Literal["FORGET"] = "FORGET"
     key: Sha256
+    session: Name
     digests: dict[str, Sha256]
 
 

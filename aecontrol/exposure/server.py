@@ -441,6 +441,8 @@ class Server:
         entry = self.ledger.entries.get(request.key)
         if entry is None or not entry.digests or dict(entry.digests) != request.digests:
             return [self._refuse(peer, request, "REFUSED", "these are not the digests of that frame; it is kept")]
+        if entry.session != request.session:
+            return [self._refuse(peer, request, "REFUSED", "another session exposed that frame; it is kept")]
         return [Discard(request.key), Send(peer.route, m.Done(re=request.id))]
 
     # ------------------------------------------------------------ inside
