@@ -55,7 +55,7 @@ from aecontrol.session import read_events
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PLURALS = {"vacancy": "vacancies", "atom_count": "atoms"}
+_PLURALS = {"vacancy": "vacancies", "atom_count": "atoms", "edges": "edge points"}
 _PACKAGES = ("numpy", "scipy", "torch", "botorch", "gpytorch", "pyro-ppl", "scikit-image", "matplotlib")
 
 
@@ -128,7 +128,7 @@ def _name(started: SessionStarted) -> str:
 
 def _targets(started: SessionStarted) -> str:
     perceiver = started.config.get("perceiver")
-    target = perceiver.get("target") if isinstance(perceiver, Mapping) else None
+    target = perceiver.get("target", perceiver) if isinstance(perceiver, Mapping) else None
     kind = target.get("kind") if isinstance(target, Mapping) else None
     return _PLURALS.get(str(kind), "target objects")
 

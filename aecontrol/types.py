@@ -226,7 +226,7 @@ class Observation(Model):
 
 
 ATOM_COLUMNS = ("x_nm", "y_nm", "label", "confidence", "sigma_x_nm", "sigma_y_nm", "intensity", "target")
-ATOM_LABELS = ("atom", "Mo", "S2", "S1", "S0", "C", "Pt")
+ATOM_LABELS = ("atom", "Mo", "S2", "S1", "S0", "C", "Pt", "edge")
 """Columns and class names of the stored atom tables; ``label`` is an index into ATOM_LABELS, ``target`` the
 per-atom target score in [0, 1] that colours the latent scatter."""
 

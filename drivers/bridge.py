@@ -17,6 +17,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import zmq
@@ -225,6 +226,10 @@ class Bridge:
         match message:
             case column.Stated():
                 self._state = message.state
+                self.core.facts = replace(self.core.facts, stage_nm=message.state.stage_nm)
+                if message.id in self._moves:
+                    self._moves.discard(message.id)
+                    return self.core.on_moved("")
             case column.Fired():
                 self._pulses.pop(message.id, None)
                 measured = Charge(electrons=message.electrons, pixels=message.pixels, seconds=message.seconds)
@@ -236,9 +241,12 @@ class Bridge:
                 del self._pulses[message.id]
                 log.warning("the column did not fire %s: %s", key[:12], message.reason)
                 return self.core.on_late(key, now_ns)
-            case column.Done() | column.Failed() | column.Refused() if message.id in self._moves:
+            case column.Done() if message.id in self._moves:  # answered once it has said where it is now
                 self._moves.discard(message.id)
-                return self.core.on_moved("" if isinstance(message, column.Done) else message.reason)
+                self._moves.add(self._link.send(column.State()))
+            case column.Failed() | column.Refused() if message.id in self._moves:
+                self._moves.discard(message.id)
+                return self.core.on_moved(message.reason)
             case column.TruthIs() | column.Ideal() | column.Refused() | column.Failed():
                 for route, answer in self._desk.told(reply):
                     self._send(route, answer)
@@ -262,7 +270,7 @@ class Bridge:
                 case core.MoveStage():
                     self._moves.add(self._link.send(column.MoveStage(to_nm=effect.to_nm)))
                 case core.ParkBeam():
-                    self._link.send(column.Park(at_nm=effect.at_nm))
+                    self._moves.add(self._link.send(column.Park(at_nm=effect.at_nm)))
                 case core.Discard():
                     self._spool.delete(effect.key, self.core.ledger.entries[effect.key].digests)
                 case core.Send():
@@ -305,7 +313,10 @@ class Bridge:
         """Blank, wait for a pulse that an earlier server left behind, settle the ledger, and make sure that column and
         ledger know the same exposures. The records that this took."""
         self._link.ask(column.Blank(), ASK_S)
-        while isinstance(told := self._link.ask(column.State(), ASK_S).message, column.Stated) and told.firing:
+        while isinstance(told := self._link.ask(column.State(), ASK_S).message, column.Stated):
+            self._state = told.state
+            if not told.firing:
+                break
             time.sleep(0.02)
         ledger = self.core.ledger
         entries = ledger.entries

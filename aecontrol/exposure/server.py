@@ -84,7 +84,7 @@ class MoveStage:
 
 @dataclass(frozen=True)
 class ParkBeam:
-    """Rest the idle beam there."""
+    """Rest the idle beam there; its end comes back as :meth:`Server.on_moved`."""
 
     at_nm: tuple[float, float]
 
@@ -271,7 +271,8 @@ class Server:
         return self.on_fired(key, Charge(electrons=electrons, pixels=0, seconds=0.0), {}, now_ns)
 
     def on_moved(self, error: str) -> list[Effect]:
-        """The stage has settled, or could not."""
+        """The stage has settled, or the idle beam rests where it was sent; or ``error`` says why not. ``facts`` must be
+        those of afterwards."""
         if self.moving is None:
             return []
         (route, re), self.moving = self.moving, None
@@ -392,7 +393,7 @@ class Server:
     def _hindrance(self, now_ns: int) -> str:
         """Why nothing can be exposed just now, though that will pass; or ''."""
         if self.live is not None or self.moving is not None:
-            return "BUSY: an exposure or a stage move is running"
+            return "BUSY: an exposure or a move of stage or beam is running"
         if not self.facts.watchdog:
             return "the watchdog is down"
         if self.facts.interlock:
@@ -417,7 +418,8 @@ class Server:
                 reason = f"({request.at_nm[0]:g}, {request.at_nm[1]:g}) nm lies outside 0..{width:g} x 0..{height:g} nm"
             if reason:
                 return [self._refuse(peer, request, "REFUSED", reason)]
-            return [ParkBeam(request.at_nm), Send(peer.route, m.Done(re=request.id))]
+            self.moving = (peer.route, request.id)
+            return [ParkBeam(request.at_nm)]
         reach = capabilities.stage_range_nm
         farthest = max(abs(request.to_nm[0]), abs(request.to_nm[1]))
         if not reason and (reach is None or farthest > reach):
