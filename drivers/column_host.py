@@ -66,6 +66,8 @@ REPEAT_BLANK_S = 2e-3
 LOCK_S = 2.0
 """A probe by others holds the lock for an instant."""
 LINGER_MS = 200
+GOODBYE_S = 0.1
+"""Between the last answer and the end: a peer that has not yet read it loses it when the connection ends."""
 Answered = tuple[Message, Sequence[bytes]]
 
 
@@ -92,6 +94,7 @@ class ColumnHost:
         finally:
             self._backend.blank()
             self._backend.close()
+            time.sleep(GOODBYE_S)
 
     def end(self) -> None:
         """Blank, and end once the running pulse has. From a signal's handler."""
