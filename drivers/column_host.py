@@ -54,6 +54,7 @@ from .column_messages import (
     encode,
 )
 from .column_truth import ideal_message, truth_message
+from .first_in_line import run_as_others, run_first
 from .log_aside import log_aside
 from .spool import Spool, spooled_channels
 
@@ -65,7 +66,8 @@ REPEAT_BLANK_S = 2e-3
 LOCK_S = 2.0
 """A probe by others holds the lock for an instant."""
 LINGER_MS = 200
-"""For the last answer, DONE."""
+GOODBYE_S = 0.1
+"""Between the last answer and the end: a peer that has not yet read it loses it when the connection ends."""
 Answered = tuple[Message, Sequence[bytes]]
 
 
@@ -92,6 +94,7 @@ class ColumnHost:
         finally:
             self._backend.blank()
             self._backend.close()
+            time.sleep(GOODBYE_S)
 
     def end(self) -> None:
         """Blank, and end once the running pulse has. From a signal's handler."""
@@ -211,6 +214,7 @@ class ColumnHost:
         self._busy = True
 
         def run() -> None:
+            run_as_others()
             try:
                 result = job()
             except BaseException as error:  # nothing may leave the host busy for ever
@@ -293,6 +297,7 @@ def main(config: Path, folder: Path) -> int:
         return 0
     settings = read_bridge_file(config)
     backend = settings.backend.open(settings.base, settings.column.seed)
+    run_first()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.LINGER, LINGER_MS)

@@ -29,6 +29,7 @@ from .beat_word import BeatWord
 from .bridge_file import read_bridge_file
 from .column_link import ColumnLink, column_lives
 from .column_messages import Blank, Blanked
+from .first_in_line import run_first
 from .log_aside import log_aside
 
 log = logging.getLogger(__name__)
@@ -220,6 +221,7 @@ def main(config: Path, folder: Path) -> int:
     settings = read_bridge_file(config)
     interval_s = settings.heartbeat.interval_s
     blanker = settings.backend.open_blanker(settings.base)
+    run_first()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     path = ColumnPath(ColumnLink(context, folder), folder) if blanker is None else OwnPath(blanker)
     word = BeatWord(folder)

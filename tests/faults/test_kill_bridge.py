@@ -19,8 +19,8 @@ from .plant import hit, plant
 
 def test_killed_four_times_a_session_ends_and_all_accounts_agree(tmp_path):
     tally = Tally()
-    assert session(tmp_path / "a", random.Random("1 1"), 4, tally, steps=12) == 4
-    assert tally.keys["POST"] + tally.keys["INDET"] == 12
+    assert session(tmp_path / "a", random.Random("1 1"), 4, tally, steps=8) == 4
+    assert tally.keys["POST"] + tally.keys["INDET"] == 8
 
 
 def test_the_accounts_complain_of_every_breach(tmp_path):
@@ -64,7 +64,7 @@ def test_with_the_whole_stack_the_beam_is_off_two_heartbeats_after_the_last(tmp_
     trials = list(blanking(tmp_path, 6, seed=1))
     for trial in trials:
         assert trial.since_beat <= 2.0 + trial.overslept, trial
-        assert trial.since_fault <= 2.0 + trial.overslept, trial
+        assert trial.since_beat > trial.since_fault - 0.2, trial  # a stamp after the fault is at most under way
 
 
 def test_a_watchdog_that_hung_while_its_server_was_replaced_watches_the_new_one(tmp_path):
