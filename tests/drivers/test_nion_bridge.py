@@ -28,11 +28,10 @@ from drivers.remote import RemoteMicroscope
 
 from .running_bridge import Running, end, start, until
 
-needs_nion = pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("nion") is None or importlib.util.find_spec("nion.usim_device") is None,
     reason="Nion Swift (extra 'nion', GPL-3) is not installed: usim over the bridge is NOT tested",
 )
-pytestmark = needs_nion
 
 CONFIG = """
 [bridge]
