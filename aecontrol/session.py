@@ -408,10 +408,12 @@ class Effects:
 
 
 def quality_flags(data: FrameData, region: ScanRegion) -> tuple[str, ...]:
-    """The instrument's flags and what the controller sees itself: 'nan', 'constant', 'partial' (wrong shape)."""
+    """The instrument's flags and what the controller sees itself: 'nan', 'constant', 'partial' (wrong shape). Spectra
+    have an axis of energies after rows and columns."""
     flags = list(data.flags)
+    axes = 3 if region.signal == "spectra" else 2
     for array in data.channels.values():
-        if array.shape != region.shape:
+        if array.shape[:2] != region.shape or array.ndim != axes:
             flags.append("partial")
         elif not np.isfinite(array).all():
             flags.append("nan")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from aecontrol.errors import BadInput, InstrumentFault, StorageFault
 from aecontrol.machine import fold
-from aecontrol.session import Session, read_events
-from aecontrol.types import Budget
+from aecontrol.protocols import FrameData
+from aecontrol.session import Session, quality_flags, read_events
+from aecontrol.types import Budget, ScanRegion
 from aecontrol.verify import compare_ledgers
 from drivers.faults import FaultyColumn, FaultyMicroscope
 
@@ -201,3 +203,22 @@ def test_another_perception_model_cannot_go_on(tmp_path):
     config.perceiver.version = "another"
     with pytest.raises(BadInput, match="perception is not the one"):
         resume(tmp_path / "s", config)
+
+
+@pytest.mark.parametrize(
+    ("signal", "shape", "flags"),
+    [
+        ("images", (4, 6), ()),
+        ("images", (4, 6, 9), ("partial",)),
+        ("spectra", (4, 6, 9), ()),
+        ("spectra", (4, 6), ("partial",)),
+        ("spectra", (3, 6, 9), ("partial",)),
+    ],
+)
+def test_a_frame_of_another_shape_is_no_whole_frame(signal, shape, flags):
+    region = ScanRegion(center_nm=(0, 0), fov_nm=(6, 4), shape=(4, 6), dwell_time_s=1e-6, signal=signal)
+    array = np.arange(np.prod(shape), dtype=float).reshape(shape)
+    assert quality_flags(FrameData({"one": array}, 0.0, None), region) == flags
+    if not flags:
+        array[-1] = np.nan
+        assert quality_flags(FrameData({"one": array}, 0.0, None, ("partial",)), region) == ("partial", "nan")
