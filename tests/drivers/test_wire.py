@@ -264,7 +264,7 @@ def test_strangers_are_refused(steady: Wire) -> None:
         with pytest.raises(InstrumentFault, match="address or key"):
             Dealer(steady.context, steady.control, keys)
         with pytest.raises(InstrumentFault, match="address or key"):
-            BulkClient(steady.context, steady.bulk, keys).fetch("0" * 64, 1, 0.1)
+            BulkClient(steady.context, lambda: steady.bulk, keys).fetch("0" * 64, 1, 0.1)
     assert steady.counts()["refused"] >= 2
 
 
@@ -451,7 +451,7 @@ def spooled(wire: Wire, size: int) -> tuple[str, bytes]:
 
 @contextmanager
 def bulk(wire: Wire, address: str = "", name: str = "controller") -> Iterator[BulkClient]:
-    client = BulkClient(wire.context, address or wire.bulk, wire.client(name))
+    client = BulkClient(wire.context, lambda: address or wire.bulk, wire.client(name))
     try:
         yield client
     finally:
