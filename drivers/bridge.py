@@ -36,7 +36,7 @@ from . import column_messages as column
 from .beat_word import BeatWord
 from .bridge_file import BridgeFile, read_bridge_file
 from .bulk import BulkServer
-from .column_link import Reply, connect_or_start
+from .column_link import Reply, column_lives, connect_or_start
 from .desk import Desk
 from .gate import Gate, check_address
 from .keys import KeyRing
@@ -196,11 +196,24 @@ class Bridge:
         while self._gate.refusals:
             log.warning("turned away: %s", self._gate.refusals.popleft())
         silent = now_s - self._heard_s > SILENT_S
+        if silent and not column_lives(self.folder):
+            self._bury_column()
         self.core.facts = core.Facts(
             watchdog=self._word.watched(self.core.timing.heartbeat_s),
             interlock="the column process does not answer" if silent else self._state.interlock,
             stage_nm=self._state.stage_nm,
             room_bytes=max(0, self._room_bytes),
+        )
+
+    def _bury_column(self) -> None:
+        """The column process has ended. What was firing counts in full, a stage that moved is nobody knows where; the
+        rest is for a person. Raises InstrumentFault."""
+        reason, now_ns = "the column process has ended", time.monotonic_ns()
+        for key in self._pulses.values():
+            self._perform(self.core.on_broken(key, reason, now_ns))
+        self._perform(self.core.on_moved(reason))
+        raise InstrumentFault(
+            reason, f"see {self.folder / 'column.log'}, look at the instrument, start the bridge again"
         )
 
     def _keep_watchdog(self) -> None:

@@ -137,9 +137,12 @@ class BulkServer:
 
 class BulkClient:
     """A client's end. Connects when something is fetched; a connection on which chunks fail to come is replaced, and
-    the fetch goes on where it was."""
+    the fetch goes on where it was. ``address`` is asked before each connection: a bridge that was started again may
+    have another."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, keys: ClientKeys | None) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], address: Callable[[], str], keys: ClientKeys | None
+    ) -> None:
         self._context, self._address, self._keys = context, address, keys
         self._socket: zmq.Socket[bytes] | None = None
 
@@ -209,7 +212,7 @@ class BulkClient:
             left = until - time.monotonic()
             try:
                 seconds = max(min(HANDSHAKE_S, left), 0.0)
-                self._socket = dealer(self._context, self._address, self._keys, BULK_LANE, MAX_FRAME, seconds)
+                self._socket = dealer(self._context, self._address(), self._keys, BULK_LANE, MAX_FRAME, seconds)
             except InstrumentFault:
                 if left <= PAUSE_S:
                     raise

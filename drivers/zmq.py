@@ -61,18 +61,15 @@ class ZmqDriver(Model):
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         line = Line(context, self.address, keys)
         client = Client(line, mirror, _name(folder), time.monotonic, self.patience_s, force=self.force)
-        bulk: list[BulkClient] = []
+        host = self.address.rsplit(":", 1)[0]
+        bulk = BulkClient(context, lambda: f"{host}:{client.frames_port}", keys)
 
         def fetch(sha256: str, nbytes: int) -> bytes:
-            if not bulk:
-                host = self.address.rsplit(":", 1)[0]
-                bulk.append(BulkClient(context, f"{host}:{client.frames_port}", keys))
-            return bulk[0].fetch(sha256, nbytes, self.patience_s)
+            return bulk.fetch(sha256, nbytes, self.patience_s)
 
         def release() -> None:
             line.close()
-            for connection in bulk:
-                connection.close()
+            bulk.close()
             context.term()
             mirror.close()
 

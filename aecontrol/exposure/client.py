@@ -93,7 +93,8 @@ class Client:
 
     @property
     def frames_port(self) -> int:
-        """TCP port of the bridge's frames."""
+        """TCP port of the bridge's frames now. The bridge is asked: one that was started again may have another."""
+        self.ask(m.Ping)
         self._attach()
         assert self._welcome is not None
         return self._welcome.frames_port

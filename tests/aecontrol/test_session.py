@@ -161,7 +161,7 @@ def test_a_full_spool_refuses_to_fire(tmp_path, monkeypatch):
     def full(descriptor, offset, size):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("drivers.instrument.os.posix_fallocate", full)
+    monkeypatch.setattr("drivers.spool.os.posix_fallocate", full)
     column = CountingColumn()
     state = run(tmp_path / "s", configuration(TAME, column, BUDGET))
     assert state.stopped.cause == "safety"

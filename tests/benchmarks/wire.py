@@ -135,7 +135,7 @@ def rates(
             with peer(context, addresses[1], keys) as socket:
                 found = rate(functools.partial(pull, socket, name, size, chunk, hashed), size, repeats)
             print(f"{label} {f'{chunk >> 10} KiB':>16} {found:>24}", flush=True)
-    client = BulkClient(context, addresses[1], keys)
+    client = BulkClient(context, lambda: addresses[1], keys)
     print(f"{cipher:6} {'sha256':7} {'fetch':>16} {rate(lambda: client.fetch(name, size, 10), size, repeats):>24}")
     client.close()
 
@@ -173,7 +173,7 @@ def main() -> None:
         with server(folder, spool) as addresses:
             rates(context, addresses, client, name, size, arguments.repeats)
             print(f"\n{'ping, ms':16} {'median':>8} {'99 %':>8} {'max':>8}")
-            dealer, bulk = Dealer(context, addresses[0], client), BulkClient(context, addresses[1], client)
+            dealer, bulk = Dealer(context, addresses[0], client), BulkClient(context, lambda: addresses[1], client)
             print(f"{'alone':16} {pings(dealer, 200)}")
             ended = threading.Event()
             puller = threading.Thread(target=lambda: [bulk.fetch(name, size, 10) for _ in iter(ended.is_set, True)])

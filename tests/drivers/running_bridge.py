@@ -58,7 +58,8 @@ class Running:
     def pids(self) -> dict[str, int]:
         """Server, watchdog and column."""
         word = BeatWord(self.folder / "specimen")
-        found = {"server": self.process.pid, "watchdog": word.watchdog_pid}
+        (column,) = serving(self.folder, b"drivers.column_host")
+        found = {"server": self.process.pid, "watchdog": word.watchdog_pid, "column": column}
         word.close()
         return found
 
@@ -101,13 +102,21 @@ def end(folder: Path, process: subprocess.Popen[str] | None = None) -> None:
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
+    for pid in serving(folder):
+        kill(pid)
+
+
+def serving(folder: Path, module: bytes = b"drivers.") -> list[int]:
+    """Processes of the bridge in ``folder``."""
+    found = []
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
             command = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-            if any(part.startswith(b"drivers.") for part in command) and str(folder / "specimen").encode() in command:
-                kill(int(name))
+            if any(part.startswith(module) for part in command) and str(folder / "specimen").encode() in command:
+                found.append(int(name))
+    return found
 
 
 def kill(pid: int) -> None:

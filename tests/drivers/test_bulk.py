@@ -32,7 +32,7 @@ def spooled(wire: Wire, size: int) -> tuple[str, bytes]:
 
 @contextmanager
 def bulk(wire: Wire, address: str = "", name: str = "controller") -> Iterator[BulkClient]:
-    client = BulkClient(wire.context, address or wire.bulk, wire.client(name))
+    client = BulkClient(wire.context, lambda: address or wire.bulk, wire.client(name))
     try:
         yield client
     finally:
@@ -131,7 +131,7 @@ def bridge(data: bytes, replies: dict[int, Reply]) -> Iterator[BulkClient]:
 
     thread = threading.Thread(target=serve)
     thread.start()
-    client = BulkClient(context, server.get_string(zmq.LAST_ENDPOINT), None)
+    client = BulkClient(context, lambda: server.get_string(zmq.LAST_ENDPOINT), None)
     try:
         yield client
     finally:

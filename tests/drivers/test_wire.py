@@ -45,7 +45,7 @@ def test_strangers_are_refused(steady: Wire) -> None:
         with pytest.raises(InstrumentFault, match="address or key"):
             Dealer(steady.context, steady.control, keys)
         with pytest.raises(InstrumentFault, match="address or key"):
-            BulkClient(steady.context, steady.bulk, keys).fetch("0" * 64, 1, 0.1)
+            BulkClient(steady.context, lambda: steady.bulk, keys).fetch("0" * 64, 1, 0.1)
     assert steady.counts()["refused"] >= 2
 
 

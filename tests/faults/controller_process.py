@@ -1,7 +1,7 @@
 """A session in a process of its own, which may be killed: ``python -m tests.faults.controller_process CONFIG FOLDER``.
 
 Begins the session or goes on with it. Exit code 0: it has stopped, and what `aecontrol verify` says is in
-``verified.json``; 1: it has paused, and wants to be resumed.
+``verified.json``; 3: it has paused, and wants to be resumed; anything else: it gave up.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from aecontrol.config import load
 from aecontrol.session import Session
 from aecontrol.verify import verify_session
 
+PAUSED = 3
+
 
 def main(config: Path, folder: Path) -> int:
     """One run, until the session stops or pauses."""
@@ -23,7 +25,7 @@ def main(config: Path, folder: Path) -> int:
     session.close()
     if state.stopped is None:
         print(f"paused: {state.paused}", file=sys.stderr)
-        return 1
+        return PAUSED
     (folder / "verified.json").write_text(json.dumps(verify_session(folder)))
     return 0
 

@@ -49,6 +49,7 @@ class Tally:
     electrons: int = 0
     charged: int = 0
     frames: int = 0
+    gave_up: int = 0
 
     def add(self, accounts: Accounts) -> None:
         """One session more."""
@@ -69,6 +70,7 @@ class Tally:
         yield f"keys: {', '.join(f'{state} {n}' for state, n in sorted(self.keys.items()))}; frames kept {self.frames}"
         yield f"electrons delivered {self.electrons}, charged {self.charged}"
         yield f"{sum(self.hits.values())} hits in {self.sessions} sessions, which ended by {dict(self.ends)}"
+        yield f"controllers that gave up before the others were back: {self.gave_up}"
 
 
 def session(folder: Path, draw: random.Random, kills: int, tally: Tally, steps: int = STEPS) -> int:
@@ -84,6 +86,7 @@ def session(folder: Path, draw: random.Random, kills: int, tally: Tally, steps: 
         accounts = read_accounts(folder, *column_says(it.specimen))
         assert not (wrong := list(complaints(accounts))), f"{folder}: {wrong}"
         tally.add(accounts)
+        tally.gave_up += it.gave_up
     return done
 
 

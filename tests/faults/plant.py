@@ -17,6 +17,7 @@ from drivers.beat_word import BeatWord
 from drivers.keys import new_keys
 from tests.drivers.running_bridge import end, kill
 
+from .controller_process import PAUSED
 from .metered import install
 
 Victim = Literal["controller", "server", "watchdog"]
@@ -80,6 +81,8 @@ class Plant:
         self.specimen.mkdir(mode=0o700)
         self.word = BeatWord(self.specimen)
         self.starts = {"controller": 0, "server": 0}
+        self.gave_up = 0
+        """How often the controller ended with an error, instead of waiting until what had died was back."""
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._environment = os.environ | {"PYTHONPATH": str(folder / "parts"), "OMP_NUM_THREADS": "1"}
         self.done = False
@@ -97,6 +100,7 @@ class Plant:
         if controller is not None and controller.poll() == 0:
             self.done = True
         elif controller is None or controller.poll() is not None:
+            self.gave_up += controller is not None and controller.returncode not in (PAUSED, -signal.SIGKILL)
             module = "tests.faults.controller_process"
             self._start("controller", module, self.folder / "session.toml", self.session)
 

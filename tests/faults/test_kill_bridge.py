@@ -20,6 +20,7 @@ from .plant import hit, plant
 def test_killed_four_times_a_session_ends_and_all_accounts_agree(tmp_path):
     tally = Tally()
     assert session(tmp_path / "a", random.Random("1 1"), 4, tally, steps=8) == 4
+    assert tally.gave_up == 0
     assert tally.keys["POST"] + tally.keys["INDET"] == 8
 
 
