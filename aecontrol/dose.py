@@ -13,19 +13,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from aecontrol.types import Budget, Capabilities, Charge, ScanRegion
+from aecontrol.errors import BadInput
+from aecontrol.types import INT64_MAX, Budget, Capabilities, Charge, ScanRegion
 from aecontrol.units import electrons_per_second, fluence_e_per_A2
 
 TILE_NM = 1.0
 _DILATION_NM = 1.0  # probe tails and small drift: tiles this far outside the region are charged too
 _MARGIN = 2  # tiles of a map beyond every side of the field
 _GRID_TOLERANCE = 1e-4  # of a record pixel
+_LEAST_NM = 1e-6  # of a region: far below any beam; a line of it is still a number
 _EDGE_NM = 1e-6  # rounding of a region that was computed to end exactly at the field's edge
 
 
 def bound_charge(region: ScanRegion, capabilities: Capabilities) -> Charge:
     """The most that exposing ``region`` can cost on this instrument (current x time x (1 + tolerance),
-    flyback where the beam is not blanked, blanker latency; rounded up to whole electrons)."""
+    flyback where the beam is not blanked, blanker latency; rounded up to whole electrons). Raises BadInput for more
+    than 64 bits can count."""
     dwell_s = region.pixels * region.dwell_time_s
     flyback_s = region.shape[0] * capabilities.flyback_s
     back_s = flyback_s if capabilities.beam_on_in_flyback else 0.0
@@ -38,8 +41,14 @@ def bound_charge(region: ScanRegion, capabilities: Capabilities) -> Charge:
     if (error_nm := capabilities.beam_error_nm) is not None:
         back = rate * back_s * _way_back_share(region, error_nm)
         peak = tile_fluence(region, math.ceil(rate * dwell_s), error_nm) + fluence_e_per_A2(back + parked, TILE_NM**2)
+    electrons = math.ceil(rate * (dwell_s + back_s) + parked)
+    if max(electrons, region.pixels) > INT64_MAX:
+        raise BadInput(
+            f"an exposure of {region.pixels:.3g} pixels and {electrons:.3g} electrons; {INT64_MAX:.3g} can be counted",
+            "use fewer pixels or a shorter dwell time",
+        )
     return Charge(
-        electrons=math.ceil(rate * (dwell_s + back_s) + parked),
+        electrons=electrons,
         pixels=region.pixels,
         peak_fluence_e_per_A2=peak,
         seconds=seconds,
@@ -214,9 +223,11 @@ def over_limits(region: ScanRegion, capabilities: Capabilities) -> str | None:
         return f"{region.pixels} pixels are more than the largest frame, {capabilities.max_pixels}"
     if region.signal == "spectra" and capabilities.spectra is None:
         return "this instrument records no spectra"
-    if capabilities.pixel_size_nm is not None and (reason := off_grid(region.sent, capabilities.pixel_size_nm)):
+    if min(region.fov_nm) < _LEAST_NM:
+        return f"a region of {region.fov_nm[0]:g} x {region.fov_nm[1]:g} nm; the smallest side is {_LEAST_NM:g} nm"
+    if reason := outside_field(region.sent, capabilities.field_nm):
         return reason
-    return outside_field(region.sent, capabilities.field_nm)
+    return None if capabilities.pixel_size_nm is None else off_grid(region.sent, capabilities.pixel_size_nm)
 
 
 def over_budget(

@@ -14,6 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Place = Annotated[float, Field(ge=-1e9, le=1e9)]
+"""A coordinate, nm: within a metre, so that no sum of some is beyond a number's range."""
+Side = Annotated[float, Field(ge=1e-15, le=1e9)]
+"""A length that is divided by, nm: never so small that a quotient is beyond a number's range."""
+Dwell = Annotated[float, Field(gt=0, le=1e4)]
+"""A dwell time, s."""
 INT64_MAX = 2**63 - 1
 Count = Annotated[int, Field(ge=0, le=INT64_MAX)]
 PositiveInt = Annotated[int, Field(gt=0, le=INT64_MAX)]
@@ -33,15 +39,15 @@ class ScanRegion(Model):
     ``rotation_rad`` about ``center_nm``. Pixels may be non-square.
     """
 
-    center_nm: tuple[float, float] = Field(description="centre (x, y) in the specimen frame, nm")
-    fov_nm: tuple[Positive, Positive] = Field(description="width along the fast axis, height along the slow axis, nm")
+    center_nm: tuple[Place, Place] = Field(description="centre (x, y) in the specimen frame, nm")
+    fov_nm: tuple[Side, Side] = Field(description="width along the fast axis, height along the slow axis, nm")
     rotation_rad: float = Field(0.0, description="turn of the fast axis from +x towards +y, rad")
     shape: tuple[PositiveInt, PositiveInt] = Field(description="(rows, columns)")
-    dwell_time_s: Positive = Field(description="dwell time per pixel, s")
+    dwell_time_s: Dwell = Field(description="dwell time per pixel, s")
     signal: Literal["images", "spectra"] = Field(
         "images", description="what is recorded: a number per pixel and detector, or a whole spectrum per pixel"
     )
-    shift_nm: tuple[float, float] = Field(
+    shift_nm: tuple[Place, Place] = Field(
         (0.0, 0.0), description="how far drift and stage have moved the specimen in the instrument's field"
     )
 
@@ -269,19 +275,19 @@ Decision = Annotated[Scan | Stop, Field(discriminator="kind")]
 class OverviewPlan(Model):
     """The first, cheap look at the field. Omitted: no overview is taken."""
 
-    fov_nm: tuple[Positive, Positive] | None = Field(None, description="default: the whole field")
-    center_nm: tuple[float, float] | None = Field(None, description="default: the middle of the field")
+    fov_nm: tuple[Side, Side] | None = Field(None, description="default: the whole field")
+    center_nm: tuple[Place, Place] | None = Field(None, description="default: the middle of the field")
     shape: tuple[PositiveInt, PositiveInt]
-    dwell_time_s: Positive
+    dwell_time_s: Dwell
 
 
 class ScanPlan(Model):
     """The sub-scans that a policy chooses from: windows of one size on a grid over the field."""
 
-    fov_nm: tuple[Positive, Positive]
+    fov_nm: tuple[Side, Side]
     shape: tuple[PositiveInt, PositiveInt]
-    dwell_time_s: Positive
-    stride_nm: tuple[Positive, Positive] | None = Field(None, description="grid spacing; default: fov_nm, no overlap")
+    dwell_time_s: Dwell
+    stride_nm: tuple[Side, Side] | None = Field(None, description="grid spacing; default: fov_nm, no overlap")
 
 
 class DriftPlan(Model):
@@ -289,10 +295,10 @@ class DriftPlan(Model):
     later exposures go where it has moved to. Omitted: drift is not corrected. The region should show something that a
     lattice does not repeat; each of its scans is charged like any other exposure."""
 
-    center_nm: tuple[float, float] = Field(description="centre of the reference region in the specimen frame, nm")
-    fov_nm: tuple[Positive, Positive]
+    center_nm: tuple[Place, Place] = Field(description="centre of the reference region in the specimen frame, nm")
+    fov_nm: tuple[Side, Side]
     shape: tuple[PositiveInt, PositiveInt]
-    dwell_time_s: Positive
+    dwell_time_s: Dwell
     every: PositiveInt = Field(1, description="measure before the overview or sub-scan after so many of them")
     limit_nm: Positive = Field(
         description="farthest that the specimen may be from where it is expected (it is taken to move on as it did "

@@ -173,10 +173,14 @@ def on_fired(
     ledger: Ledger, key: str, measured: Charge, digests: Mapping[str, str], limits: InterlockLimits
 ) -> list[LedgerRecord]:
     """What S must write once the beam is blanked and the frame is in the spool: POST with the measured charge in full,
-    and a LATCH when that is more than the bound, or not what the declared current delivers in that time."""
+    and a LATCH when that is more than the bound, or not what the declared current delivers in that time. INDET when
+    electrons were promised to be metered and were not: a charge that nobody measured is not nothing."""
     entry = ledger.entries[key]
     assert entry.bound is not None
     assert entry.region is not None
+    if measured.electrons is None and entry.bound.electrons is not None:
+        reason = "the instrument metered nothing; charged at its bound"
+        return [LedgerRecord(kind="INDET", key=key, digests=dict(digests), reason=reason)]
     records = [LedgerRecord(kind="POST", key=key, measured=measured, digests=dict(digests))]
     if (measured.electrons or 0) > (entry.bound.electrons or 0) or measured.pixels > entry.bound.pixels:
         records.append(

@@ -299,12 +299,12 @@ class Server:
         record = LedgerRecord(kind="EPOCH", epoch=epoch, holder=peer.user, session=request.session)
         effects.append(self._append(record))
         self.lease = Lease(peer.user, request.session, epoch, since_ns=now_ns, beat_ns=now_ns)
-        return [*effects, Stamp(now_ns, False), Send(peer.route, m.Granted(re=request.id, epoch=epoch))]
+        return [*effects, *self._stamp(), Send(peer.route, m.Granted(re=request.id, epoch=epoch))]
 
     def _on_beat(self, peer: Peer, request: m.Beat, now_ns: int) -> list[Effect]:
         if refusal := self._renew(peer, request.epoch, request.tick, now_ns):
             return [self._refuse(peer, request, *refusal)]
-        return [self._stamp(), Send(peer.route, self._beating(request.id, now_ns))]
+        return [*self._stamp(), Send(peer.route, self._beating(request.id, now_ns))]
 
     def _on_away(self, peer: Peer, request: m.Away, now_ns: int) -> list[Effect]:
         if refusal := self._renew(peer, request.epoch, request.tick, now_ns):
@@ -362,7 +362,7 @@ class Server:
         ordinal = len(self.ledger.fired) - 1
         not_after = min(request.deadline_ns, now_ns + int(TRIP * self._heartbeat_ns))
         fire = Fire(key, ordinal, request.region.sent, not_after)
-        return [*effects, self._stamp(), fire, Send(peer.route, m.Firing(re=request.id, key=key))]
+        return [*effects, *self._stamp(), fire, Send(peer.route, m.Firing(re=request.id, key=key))]
 
     def _may_not_fire(self, peer: Peer, request: m.Expose, now_ns: int) -> str | None:
         """Why a new key must not fire now, or None; the lease is renewed by the request itself."""
@@ -462,9 +462,13 @@ class Server:
         self._learn(record, body)
         return Append(body)
 
-    def _stamp(self) -> Stamp:
+    def _stamp(self) -> list[Effect]:
+        """A pulse that was told to end is stamped no more: where the word to end it was lost, the watchdog sees the
+        stamp grow old and blanks on its own path, however well the controller is."""
         assert self.lease is not None
-        return Stamp(self.lease.beat_ns, self.live is not None)
+        if self.live is not None and self.live.off_ns is not None:
+            return []
+        return [Stamp(self.lease.beat_ns, self.live is not None)]
 
     def _off(self, now_ns: int, reason: str) -> list[Effect]:
         """Blank; without a pulse there is nothing to end, but it costs nothing to say it again."""

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aecontrol.dose import TileMap, bound_charge, over_budget, over_limits, tile_fluence, total
+from aecontrol.errors import BadInput
 from aecontrol.types import Budget, Capabilities, ScanRegion
 from aecontrol.units import electrons_per_second
 from simulators.scan import Charging, ScanModel
@@ -179,3 +180,27 @@ def test_a_map_grows_with_the_stage_and_forgets_nothing(x, y, turn, error):
         assert tiles.fluence[math.floor(corner_y) - oy, math.floor(corner_x) - ox] >= 3.0
     assert tiles.fluence[10 - oy, 10 - ox] >= 5.0
     assert tiles.peak_after(region, 1.0) >= 4.0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"fov_nm": (1e-310, 4.0)}, {"fov_nm": (1e308, 4.0)}, {"center_nm": (1e308, 4.0)}, {"dwell_time_s": 1e300}]
+)
+def test_a_region_beyond_all_measure_is_none(wrong):
+    """A server that divides by a length must not be ended by one."""
+    region = {"center_nm": (5.0, 5.0), "fov_nm": (4.0, 4.0), "shape": (8, 8), "dwell_time_s": 1e-6}
+    with pytest.raises(ValueError, match="Input should be"):
+        ScanRegion(**(region | wrong))
+
+
+@pytest.mark.parametrize("fov", [1e-15, 1e-7, 1e9])
+@pytest.mark.parametrize("pixel_nm", [None, 0.05])
+def test_the_least_and_the_largest_region_are_refused_with_a_reason(fov, pixel_nm):
+    region = ScanRegion(center_nm=(5, 5), fov_nm=(fov, fov), shape=(8, 8), dwell_time_s=1e-6)
+    assert "nm" in over_limits(region, CAPABILITIES.model_copy(update={"pixel_size_nm": pixel_nm}))
+    assert bound_charge(region, CAPABILITIES).electrons > 0
+
+
+def test_more_electrons_than_can_be_counted_are_refused():
+    region = ScanRegion(center_nm=(5, 5), fov_nm=(4, 4), shape=(10**9, 10**9), dwell_time_s=1e-6)
+    with pytest.raises(BadInput, match="can be counted"):
+        bound_charge(region, CAPABILITIES)
