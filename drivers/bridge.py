@@ -50,9 +50,15 @@ ASK_S = 5.0
 STATE_S = 0.05
 """How often the column is asked how it is, s."""
 SILENT_S = 2.0
-"""Silence of the column after which nothing may be exposed, s."""
+"""Age of what the instrument last said of itself from which nothing may be exposed, s."""
+LOST_S = 30.0
+"""Silence of the column process after which it is given up, s."""
+SETTLE_S = 120.0
+"""How long a pulse that an earlier server left behind may take to end once it was told to, s."""
 WATCHDOG_S = 20.0
 """How long a new watchdog may take until it watches, s."""
+LEAST_LEASE = 2.0
+"""A lease that ends between two beats is none; in heartbeats."""
 BATCH = 64
 RESERVE_BYTES = 64 << 20
 """Room on the disk that is kept for the ledger, bytes."""
@@ -65,9 +71,11 @@ class BridgeTable(Model):
     frames_address: str = Field("tcp://127.0.0.1:*", description="frames' socket, tcp://HOST:PORT")
     folder: Path = Field(description="ledger, spool and sockets; one folder a specimen, local disk, not shared")
     keys: Path | None = Field(None, description="folder made by `aecontrol keys new`; simulated on loopback: optional")
-    lease_s: Positive = Field(1.0, description="silence after which another controller may take over, s")
-    away_s: Positive = Field(900.0, description="longest time for which a controller may keep its lease while away, s")
-    deadline_s: Positive = Field(1.0, description="time within which an exposure must have begun, s")
+    lease_s: Positive = Field(1.0, le=60.0, description="silence after which another controller may take over, s")
+    away_s: Positive = Field(
+        900.0, le=86400.0, description="longest time for which a controller may keep its lease while away, s"
+    )
+    deadline_s: float = Field(1.0, ge=0.05, le=60.0, description="time within which an exposure must have begun, s")
 
 
 class Bridge:
@@ -79,6 +87,11 @@ class Bridge:
         keys = KeyRing.load(settings.base / table.keys) if table.keys else None
         for address in (table.address, table.frames_address):
             check_address(address, keys)
+        if table.lease_s < LEAST_LEASE * settings.heartbeat.interval_s:
+            raise BadInput(
+                f"bridge.lease_s = {table.lease_s:g} s, heartbeat.interval_s = {settings.heartbeat.interval_s:g} s",
+                f"a lease lasts at least {LEAST_LEASE:g} heartbeats",
+            )
         timing = m.Timing(
             heartbeat_s=settings.heartbeat.interval_s,
             lease_s=table.lease_s,
@@ -90,6 +103,7 @@ class Bridge:
         self._moves: set[int] = set()
         self._state = InstrumentState(beam_on=False, clock_s=0.0)
         self._room_bytes = 0
+        self._dark = False
         with contextlib.ExitStack() as stack:
             self._open(stack, keys, table, limits, timing)
             self._resources = stack.pop_all()
@@ -108,7 +122,7 @@ class Bridge:
         stack.callback(context.term)
         self._link, ready = connect_or_start(context, self._path, self.folder)
         stack.callback(self._link.close)
-        self._heard_s = self._asked_s = time.monotonic()
+        self._heard_s = self._stated_s = self._asked_s = time.monotonic()
         capabilities = ready.capabilities
         gate = Gate(keys, capabilities.simulated)
         stack.callback(gate.close)
@@ -195,25 +209,25 @@ class Bridge:
         self._keep_watchdog()
         while self._gate.refusals:
             log.warning("turned away: %s", self._gate.refusals.popleft())
-        silent = now_s - self._heard_s > SILENT_S
-        if silent and not column_lives(self.folder):
-            self._bury_column()
+        unknown = now_s - self._stated_s > SILENT_S
+        if unknown and (now_s - self._heard_s > LOST_S or not column_lives(self.folder)):
+            self._lose_column()
         self.core.facts = core.Facts(
             watchdog=self._word.watched(self.core.timing.heartbeat_s),
-            interlock="the column process does not answer" if silent else self._state.interlock,
+            interlock="the instrument does not say how it is" if unknown else self._state.interlock,
             stage_nm=self._state.stage_nm,
             room_bytes=max(0, self._room_bytes),
         )
 
-    def _bury_column(self) -> None:
-        """The column process has ended. What was firing counts in full, a stage that moved is nobody knows where; the
-        rest is for a person. Raises InstrumentFault."""
-        reason, now_ns = "the column process has ended", time.monotonic_ns()
-        for key in self._pulses.values():
-            self._perform(self.core.on_broken(key, reason, now_ns))
-        self._perform(self.core.on_moved(reason))
+    def _lose_column(self) -> None:
+        """What the column was doing, nobody will tell any more: it is charged in full, and the server ends, so that the
+        watchdog blanks on its own path. Raises InstrumentFault."""
+        for key in list(self._pulses.values()):
+            self._perform(self.core.on_broken(key, "the column process was lost", time.monotonic_ns()))
+        self._perform(self.core.on_moved("the column process was lost"))
         raise InstrumentFault(
-            reason, f"see {self.folder / 'column.log'}, look at the instrument, start the bridge again"
+            f"the column process has ended or been silent for {LOST_S:g} s",
+            f"see {self.folder / 'column.log'}, make sure that the beam is off, then start the bridge again",
         )
 
     def _keep_watchdog(self) -> None:
@@ -238,7 +252,7 @@ class Bridge:
         key = self._pulses.get(message.id, "")
         match message:
             case column.Stated():
-                self._state = message.state
+                self._state, self._stated_s = message.state, self._heard_s
                 self.core.facts = replace(self.core.facts, stage_nm=message.state.stage_nm)
                 if message.id in self._moves:
                     self._moves.discard(message.id)
@@ -326,11 +340,14 @@ class Bridge:
         """Blank, wait for a pulse that an earlier server left behind, settle the ledger, and make sure that column and
         ledger know the same exposures. The records that this took."""
         self._link.ask(column.Blank(), ASK_S)
-        while isinstance(told := self._link.ask(column.State(), ASK_S).message, column.Stated):
-            self._state = told.state
-            if not told.firing:
-                break
+        until_s = time.monotonic() + SETTLE_S
+        while not isinstance(told := self._link.ask(column.State(), ASK_S).message, column.Stated) or told.firing:
+            if time.monotonic() > until_s:
+                raise InstrumentFault(
+                    f"the instrument does not come to rest within {SETTLE_S:g} s: {told}", "see column.log"
+                )
             time.sleep(0.02)
+        self._state = told.state
         ledger = self.core.ledger
         entries = ledger.entries
         if strange := [shot.key for shot in ready.shots if shot.key not in entries]:
@@ -360,11 +377,18 @@ class Bridge:
         self._resources.close()
 
     def _blank_and_disarm(self) -> None:
+        """The word stays armed, and the watchdog alive, until the instrument has said that its beam is off."""
         with contextlib.suppress(InstrumentFault):
-            self._link.ask(column.Blank(), ASK_S)
+            said = self._link.ask(column.Blank(), ASK_S).message
+            self._dark = isinstance(said, column.Blanked) and not said.beam_on
+        if self._dark:
             self._word.armed = 0
 
     def _end_watchdog(self) -> None:
+        """One whose server goes away with the beam not seen off blanks until it is, and ends by itself."""
+        if not self._dark:
+            log.error("the instrument has not said that its beam is off: the watchdog goes on blanking")
+            return
         self._watchdog.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._watchdog.wait(ASK_S)
@@ -400,7 +424,11 @@ def serve(path: Path, clear_latch: str | None = None) -> None:
     :func:`open_bridge`, and StorageFault when the ledger is lost."""
     bridge = open_bridge(path)
     if clear_latch is not None:
-        bridge.clear_latch(clear_latch)
+        try:
+            bridge.clear_latch(clear_latch)
+        except BaseException:
+            bridge.close()
+            raise
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: bridge.stop())
     print(f"serving {bridge.core.ledger.capabilities.identity} at {bridge.address}", flush=True)

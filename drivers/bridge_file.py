@@ -29,8 +29,11 @@ class ColumnTable(Model):
 class HeartbeatTable(Model):
     """[heartbeat]: how long the beam may stay on unattended."""
 
-    interval_s: Positive = Field(
-        0.1, le=10.0, description="H, s: the beam is blanked at most 2 H after the last sign of life of the controller"
+    interval_s: float = Field(
+        0.1,
+        ge=0.02,
+        le=10.0,
+        description="H, s: the beam is blanked at most 2 H after the last sign of life of the controller",
     )
 
 

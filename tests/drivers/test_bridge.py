@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import signal
+import contextlib
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from aecontrol.dose import bound_charge
-from aecontrol.errors import InstrumentFault
+from aecontrol.errors import BadInput, InstrumentFault
+from aecontrol.exposure import LedgerRecord
+from aecontrol.journal import read_journal
 from aecontrol.session import Session
 from aecontrol.types import Budget, ScanRegion
 from aecontrol.verify import compare_ledgers
+from drivers.beat_word import BeatWord
+from drivers.bridge import open_bridge
 from drivers.contract import MicroscopeContract, a_key
 from tests.aecontrol.parts import Reckless, configuration
 
@@ -195,10 +200,9 @@ def test_a_session_over_the_bridge_is_the_session_in_process(tmp_path):
     assert [f.channels for f in there.frames.values()] == [f.channels for f in here.frames.values()]
 
 
-@pytest.mark.parametrize("victim", ["server", "watchdog", "column"])
+@pytest.mark.parametrize("victim", ["server", "watchdog"])
 def test_killed_in_the_middle_of_a_scan_nothing_is_forgotten(tmp_path, victim):
-    """Server killed: the watchdog blanks, a new server charges the key in full. Watchdog killed: the server blanks.
-    Column killed: nobody knows what was delivered; the server charges the key in full and ends."""
+    """Server killed: the watchdog blanks, a new server charges the key in full. Watchdog killed: the server blanks."""
     region = a_region(4.0)
 
     def work(microscope):
@@ -210,8 +214,8 @@ def test_killed_in_the_middle_of_a_scan_nothing_is_forgotten(tmp_path, victim):
         controller = Controller(bridge, tmp_path, work)
         until(lambda: watcher.state().beam_on)
         kill(bridge.pids()[victim])
-        if victim != "watchdog":
-            assert bridge.process.wait(20) == (4 if victim == "column" else -signal.SIGKILL)
+        if victim == "server":
+            bridge.process.wait()
             bridge.process.stdout.close()
             time.sleep(0.3)  # the watchdog's business
             path = tmp_path / "bridge.toml"
@@ -221,8 +225,51 @@ def test_killed_in_the_middle_of_a_scan_nothing_is_forgotten(tmp_path, victim):
         outcome, after, bound = controller.result()
         meter = watcher.state().electrons
         watcher.close()
-    assert outcome.state == ("POST" if victim == "watchdog" else "INDET")
+    assert outcome.state == ("INDET" if victim == "server" else "POST")
     assert after.state == "POST"
-    charged = outcome.measured.electrons if victim == "watchdog" else bound.electrons
+    charged = bound.electrons if victim == "server" else outcome.measured.electrons
     assert 0 < meter <= charged + after.measured.electrons
-    assert victim == "column" or meter < 0.5 * bound.electrons  # a new column has taken the key over in full
+    assert meter < 0.5 * bound.electrons
+
+
+def test_a_column_that_dies_in_the_middle_of_a_scan_ends_the_server_and_leaves_nothing_open(tmp_path):
+    """Nobody will ever tell what was delivered: it is charged in full, and no controller waits for ever."""
+    with running(tmp_path, real_time=True) as bridge:
+        watcher = bridge.driver("observer").build(tmp_path / "watcher", tmp_path, 0)
+        driver = bridge.driver(patience_s=2.0)
+        bridge.driver = lambda: driver
+        controller = Controller(bridge, tmp_path, lambda microscope: expose(microscope, "long", a_region(20.0)))
+        until(lambda: watcher.state().beam_on)
+        watcher.close()
+        kill(bridge.pids()["column"])
+        assert bridge.process.wait(10.0) == InstrumentFault.exit_code
+        with contextlib.suppress(InstrumentFault):
+            assert controller.result().state == "INDET"
+    last = LedgerRecord.model_validate_json(list(read_journal(tmp_path / "specimen" / "ledger.sqlite"))[-1])
+    assert (last.kind, last.key) == ("INDET", a_key("long"))
+
+
+@pytest.mark.parametrize(
+    ("table", "word"),
+    [("lease_s = 0.1", "2 heartbeats"), ("lease_s = 1e300", "60"), ("deadline_s = 1e-9", "0.05"), ("away_s = 0", "0")],
+)
+def test_a_clockwork_that_cannot_work_is_refused_before_anything_starts(tmp_path, table, word):
+    path = write_bridge(tmp_path)
+    path.write_text(path.read_text().replace('keys = "keys"', f'keys = "keys"\n{table}'))
+    with pytest.raises(BadInput, match=word):
+        open_bridge(path)
+    assert not (tmp_path / "specimen" / "column.log").exists()
+
+
+def test_a_latch_is_not_cleared_without_a_reason_and_nothing_stays_behind(tmp_path):
+    path = write_bridge(tmp_path)
+    command = [sys.executable, "-c", f"from drivers.bridge import serve; from pathlib import Path; "
+               f"serve(Path({str(path)!r}), 'because')"]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    finally:
+        end(tmp_path)
+    assert "says too little" in done.stderr
+    word = BeatWord(tmp_path / "specimen")
+    assert (word.armed, Path(f"/proc/{word.watchdog_pid}").exists()) == (0, False)
+    word.close()
