@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from aecontrol.dose import dwell_share
+from aecontrol.dose import dwell_share, over_limits
 from aecontrol.durable import sha256_hex, write_durable
 from aecontrol.errors import InstrumentFault, StorageFault
 from aecontrol.exposure import LedgerRecord
@@ -74,7 +74,11 @@ class Desk:
         for part in (reply.message.model_dump_json().encode(), *reply.parts):
             sha = sha256_hex(part)
             path = self._spool.folder / f"{sha}.truth"
-            write_durable(path, part)
+            try:
+                write_durable(path, part)
+            except StorageFault as error:  # nothing that a score needs may end the server
+                yield route, m.Refusal(re=re, code="FAULT", reason=error.what)
+                return
             with self._lock:
                 self._files[sha] = path
             files.append(m.SpoolFile(sha256=sha, nbytes=len(part)))
@@ -133,6 +137,8 @@ class Desk:
             return m.Refusal(re=request.id, code="UNKNOWN", reason="a real specimen keeps its truth to itself")
         order: column.Request = column.AskTruth(target=request.target or "")
         if request.region is not None:
+            if reason := over_limits(request.region, self._core.ledger.capabilities):
+                return m.Refusal(re=request.id, code="REFUSED", reason=reason)
             order = column.AskNoiseless(region=request.region)
         try:
             self._asked[self._link.send(order)] = (peer.route, request.id)

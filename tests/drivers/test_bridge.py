@@ -88,6 +88,8 @@ def test_spectra_stage_and_parking_are_refused_where_the_instrument_has_none(tmp
         assert (outcome.state, "spectra" in outcome.reason) == ("VOID", True)
         with pytest.raises(InstrumentFault, match="limit is 0 nm"):
             microscope.move_stage((100.0, 0.0))
+        assert microscope.noiseless(a_region(1e-3)) is not None
+        assert microscope.noiseless(a_region(1e6, shape=(10**6, 10**6))) is None  # it would take all memory there is
         microscope.close()
 
 
