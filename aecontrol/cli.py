@@ -196,10 +196,10 @@ def blank(config: Annotated[Path, typer.Argument(help="a TOML file with the [dri
     """Blank the beam of a microscope now, whoever is exposing."""
     from aecontrol.config import load_driver
 
-    with tempfile.TemporaryDirectory() as folder:
-        microscope = load_driver(config).build(Path(folder), config.resolve().parent, 0)
-        microscope.blank()
-        microscope.close()
+    driver = load_driver(config)
+    if not hasattr(driver, "blank"):
+        raise BadInput(f"{config} names no microscope behind a bridge", "give one whose [driver] has kind = 'zmq'")
+    driver.blank(config.resolve().parent)
     print("the beam is blanked")
 
 

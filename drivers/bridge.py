@@ -102,6 +102,7 @@ class Bridge:
         self._pulses: dict[int, str] = {}
         self._moves: set[int] = set()
         self._state = InstrumentState(beam_on=False, clock_s=0.0)
+        self._interlock = ""
         self._room_bytes = 0
         self._dark = False
         with contextlib.ExitStack() as stack:
@@ -214,10 +215,16 @@ class Bridge:
             self._lose_column()
         self.core.facts = core.Facts(
             watchdog=self._word.watched(self.core.timing.heartbeat_s),
-            interlock="the instrument does not say how it is" if unknown else self._state.interlock,
+            interlock="the instrument does not say how it is" if unknown else self._interlock,
             stage_nm=self._state.stage_nm,
             room_bytes=max(0, self._room_bytes),
         )
+
+    def _stray(self, told: column.Stated) -> bool:
+        """A beam that is on although nothing fires is blanked, and nothing is exposed until it is off."""
+        stray = told.state.beam_on and told.firing is None and self.core.ledger.capabilities.blanker
+        self._interlock = "the beam is on without an exposure" if stray else told.state.interlock
+        return stray
 
     def _lose_column(self) -> None:
         """What the column was doing, nobody will tell any more: it is charged in full, and the server ends, so that the
@@ -253,6 +260,8 @@ class Bridge:
         match message:
             case column.Stated():
                 self._state, self._stated_s = message.state, self._heard_s
+                if self._stray(message):
+                    self._blank("the beam is on without an exposure")
                 self.core.facts = replace(self.core.facts, stage_nm=message.state.stage_nm)
                 if message.id in self._moves:
                     self._moves.discard(message.id)

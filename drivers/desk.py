@@ -135,6 +135,9 @@ class Desk:
     def _ask(self, peer: Peer, request: m.Truths) -> m.Reply | None:
         if not self._core.ledger.capabilities.simulated:
             return m.Refusal(re=request.id, code="UNKNOWN", reason="a real specimen keeps its truth to itself")
+        lease = self._core.lease
+        if lease is not None and lease.user != peer.user:
+            return m.Refusal(re=request.id, code="BUSY", reason=f"{lease.user} is at the instrument")
         order: column.Request = column.AskTruth(target=request.target or "")
         if request.region is not None:
             if reason := over_limits(request.region, self._core.ledger.capabilities):

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from aecontrol.durable import write_durable
 from aecontrol.errors import InstrumentFault
+from aecontrol.exposure import messages as m
 from aecontrol.exposure.client import Client
 from aecontrol.journal import Journal
 from aecontrol.types import Model, Positive
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # nothing of the network is loaded before a session connects
     from .sockets import Dealer
 
 log = logging.getLogger(__name__)
+BLANK_S = 5.0
 
 
 class ZmqDriver(Model):
@@ -51,11 +53,8 @@ class ZmqDriver(Model):
         import zmq
 
         from .bulk import BulkClient
-        from .keys import load_client
 
-        keys = None
-        if self.secret_key is not None and self.server_key is not None:
-            keys = load_client(base / self.secret_key, base / self.server_key)
+        keys = self._keys(base)
         folder.mkdir(parents=True, exist_ok=True)
         mirror = Journal(folder / "ledger.sqlite")
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -80,6 +79,38 @@ class ZmqDriver(Model):
             release()
             raise
         return microscope
+
+    def blank(self, base: Path) -> None:
+        """Blank the beam at once, whoever is exposing, and see that it is off. Raises InstrumentFault when nobody
+        answers, or when the instrument says that it is still on."""
+        import zmq
+
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        line = Line(context, self.address, self._keys(base))
+        until_s, number = time.monotonic() + BLANK_S, 0
+        try:
+            while time.monotonic() < until_s:
+                number += 2
+                line.send(m.encode(m.Blank(id=number)))
+                line.send(m.encode(m.Status(id=number + 1)))
+                while (header := line.receive(0.1)) is not None:
+                    reply = m.decode_reply(header)
+                    if isinstance(reply, m.Told) and reply.re > 2 and not reply.state.beam_on:
+                        return
+        finally:
+            line.close()
+            context.term()
+        raise InstrumentFault(
+            f"the beam behind {self.address} was not seen to go off within {BLANK_S:g} s",
+            "blank it at the instrument; then see whether address and key are right and the bridge runs",
+        )
+
+    def _keys(self, base: Path) -> ClientKeys | None:
+        from .keys import load_client
+
+        if self.secret_key is None or self.server_key is None:
+            return None
+        return load_client(base / self.secret_key, base / self.server_key)
 
 
 class Line:

@@ -110,7 +110,7 @@ def test_abort_ends_a_scan_within_a_tenth_of_a_second_and_a_ping_does_not_wait(t
             watcher.ping()
             pings.append(time.perf_counter() - before)
         before = time.monotonic()
-        watcher.blank()
+        bridge.driver("observer").blank(tmp_path)
         until(lambda: not watcher.state().beam_on)
         took = time.monotonic() - before
         outcome, flags, bound = controller.result()
