@@ -96,8 +96,8 @@ class Spool:
     ) -> tuple[dict[str, NDArray[np.generic]], float, tuple[str, ...]]:
         """Channels of a frame, checked against ``digests``; instrument clock at its first pixel, s; flags. Raises
         InstrumentFault when it is gone or changed."""
-        channels = {name: load_npy(self._bytes(key, name, sha), name) for name, sha in digests.items()}
-        return channels, *self.about(key)
+        about = self.about(key)
+        return {name: load_npy(self._bytes(key, name, sha), name) for name, sha in digests.items()}, *about
 
     def about(self, key: str) -> tuple[float, tuple[str, ...]]:
         """Instrument clock at a frame's first pixel, s, and its flags. Raises InstrumentFault when there is none."""

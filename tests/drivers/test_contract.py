@@ -92,12 +92,12 @@ class TestRecorded(MicroscopeContract):
         [
             ({"rotation_rad": 0.1}, "turned"),
             ({"shape": (16, 24)}, "multiples"),
-            ({"center_nm": (0.2, 0.15)}, "between two"),
+            ({"center_nm": (1.2, 1.15)}, "between two"),
         ],
     )
     def test_what_the_record_cannot_answer_is_refused(self, tmp_path, change, word):
         microscope = self.open(tmp_path)
-        region = self.a_region(microscope)
+        region = self.a_region(microscope, (20, 20))
         wrong = ScanRegion(**{**region.model_dump(), **change})
         outcome = microscope.expose(a_key("a"), wrong, bound_charge(wrong, microscope.capabilities()))
         assert outcome.state == "VOID"
