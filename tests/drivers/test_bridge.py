@@ -275,3 +275,19 @@ def test_a_latch_is_not_cleared_without_a_reason_and_nothing_stays_behind(tmp_pa
     word = BeatWord(tmp_path / "specimen")
     assert (word.armed, Path(f"/proc/{word.watchdog_pid}").exists()) == (0, False)
     word.close()
+
+
+def test_an_exposure_over_the_bridge_costs_little(tmp_path):
+    """Half of the bar (p50 20 ms, p99 60 ms), plus what the pulse and its frame may take; the figures themselves come
+    from ``python -m tests.benchmarks.exposure_overhead``."""
+    times = []
+    with running(tmp_path) as bridge:
+        microscope = bridge.driver().build(tmp_path / "client", tmp_path, 0)
+        for number in range(60):
+            before = time.perf_counter()
+            assert expose(microscope, str(number), a_region(1e-4, shape=(16, 16))).state == "POST"
+            microscope.fetch(a_key(str(number)))
+            microscope.acknowledge(a_key(str(number)))
+            times.append(time.perf_counter() - before)
+        microscope.close()
+    assert np.median(times) < 0.04 + 0.03
