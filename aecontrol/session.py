@@ -23,6 +23,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecontrol import __version__
+from aecontrol.commands import (
+    Command,
+    Decide,
+    Expose,
+    Fetch,
+    Finish,
+    FollowPlan,
+    Identify,
+    Learn,
+    MeasureDrift,
+    Perceive,
+    Reembed,
+    Refuse,
+    Reserve,
+    Settle,
+)
 from aecontrol.config import SessionConfig, parse
 from aecontrol.drift import measure_shift
 from aecontrol.durable import FolderLock, load_npy, npy_bytes, sha256_hex, write_durable
@@ -47,28 +63,7 @@ from aecontrol.events import (
 )
 from aecontrol.exposure import Outcome
 from aecontrol.journal import Journal, read_journal
-from aecontrol.machine import (
-    Command,
-    Decide,
-    Expose,
-    Fetch,
-    Finish,
-    FollowPlan,
-    Identify,
-    Learn,
-    MeasureDrift,
-    Perceive,
-    Reembed,
-    Refuse,
-    Reserve,
-    Settle,
-    State,
-    apply,
-    begin,
-    fold,
-    next_command,
-    preflight,
-)
+from aecontrol.machine import State, apply, begin, fold, next_command, preflight
 from aecontrol.protocols import Embedding, FrameData, Microscope, Perceiver, Reading
 from aecontrol.types import ArrayRef, Frame, Observation, ScanRegion
 from aecontrol.units import fluence_e_per_A2

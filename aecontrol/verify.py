@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aecontrol.commands import Decide, FollowPlan, MeasureDrift
 from aecontrol.dose import Totals
 from aecontrol.errors import StorageFault
 from aecontrol.events import Decided, DriftMeasured, Perceived, Recorded, Reembedded, SessionEvent, step_text
 from aecontrol.exposure import LedgerRecord
 from aecontrol.journal import read_journal
-from aecontrol.machine import Decide, FollowPlan, MeasureDrift, State, apply, begin, next_command
+from aecontrol.machine import State, apply, begin, next_command
 from aecontrol.session import config_of, load_array, measure_drift, read_events
 from aecontrol.types import ArrayRef
 

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from aecontrol.chain import GENESIS
+from aecontrol.commands import Reserve
 from aecontrol.events import Posted, Resumed
 from aecontrol.exposure import KeyRecord, Outcome, client, server
 from aecontrol.exposure import messages as m
 from aecontrol.exposure.client import Client
 from aecontrol.exposure.ledger import Entry
 from aecontrol.exposure.server import Append, Fire, Off, Send, Server
-from aecontrol.machine import Reserve, apply
+from aecontrol.machine import apply
 from aecontrol.session import Effects
 from aecontrol.types import Charge
 
