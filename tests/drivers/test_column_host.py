@@ -134,8 +134,8 @@ def test_the_meter_is_never_behind_the_beam(served, number):
     fired = outcome(link)
     rate = fired.electrons / fired.seconds
     excess = np.array([e - (fired.electrons - rate * (ended_s - at_s)) for at_s, e in seen if e])
-    assert excess.min() > -0.002 * fired.electrons  # a line block is a 64th of it
-    assert np.median(excess) < fired.electrons / 16
+    assert excess.min() > -0.05 * fired.electrons  # as late as a busy machine wakes the column up
+    assert 0 < np.median(excess) < fired.electrons / 16  # half a line block, a 64th, ahead
 
 
 def test_truth_and_ideal_images_arrive_as_they_are(served, number):
