@@ -16,7 +16,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Place = Annotated[float, Field(ge=-1e9, le=1e9)]
 """A coordinate, nm: within a metre, so that no sum of some is beyond a number's range."""
-Side = Annotated[float, Field(ge=1e-15, le=1e9)]
+Side = Annotated[float, Field(gt=1e-15, le=1e9)]
 """A length that is divided by, nm: never so small that a quotient is beyond a number's range."""
 Dwell = Annotated[float, Field(gt=0, le=1e4)]
 """A dwell time, s."""
