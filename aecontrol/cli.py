@@ -257,13 +257,14 @@ def doctor(
 def train_atoms_command(
     config: Annotated[Path, typer.Argument(help="a training TOML file; see configs/train_atoms.toml")],
     out: Annotated[Path, typer.Option(help="folder for weights and model card")] = Path("weights"),
+    device: Device = "auto",
     json_out: Json = False,
 ) -> None:
     """Train the atom finder on simulated scenes."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from aecontrol.perception.train import train_from_toml
+    from aecontrol.perception.learn_atoms import train_from_toml
 
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("training", total=None)
@@ -271,7 +272,7 @@ def train_atoms_command(
         def show(step: int, steps: int, loss: float) -> None:
             bar.update(task, completed=step, total=steps, description=f"training, loss {loss:.4f}")
 
-        card = train_from_toml(config, out, show)
+        card = train_from_toml(config, out, _torch_device(device), show)
     print(json.dumps(card) if json_out else f"{out}: {json.dumps(card.get('metrics', card), indent=1)}")
 
 

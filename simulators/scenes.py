@@ -41,6 +41,11 @@ class Scene:
     labels: NDArray[np.str_]
     counts: Floats
 
+    @property
+    def wanted(self) -> NDArray[np.bool_]:
+        """[n] True for atoms that are to be found."""
+        return np.ones(len(self.counts), dtype=bool)
+
 
 class HaadfScenes(Model):
     """MoS2 and graphene monolayers with vacancies, and single heavy atoms on an amorphous light support."""

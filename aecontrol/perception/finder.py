@@ -17,7 +17,7 @@ from aecontrol.errors import BadInput
 from . import refine, sampling
 
 if TYPE_CHECKING:
-    from .unet import UNet
+    from torch import nn
 
 Floats = NDArray[np.float64]
 
@@ -81,18 +81,17 @@ class AtomFinder:
         return hashlib.sha256(self._weights).hexdigest()
 
     @cached_property
-    def _net(self) -> UNet:
+    def _members(self) -> list[nn.Module]:
         from safetensors import SafetensorError
 
-        from . import unet
+        from . import nets
 
         try:
-            net = unet.load(self._weights)
-        except (SafetensorError, KeyError, RuntimeError) as error:
+            return nets.load(self._weights, self._device)[0]
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise BadInput(
                 f"{self._source}: not the weights of this network: {error}", "run `aecontrol train atoms`"
             ) from error
-        return unet.place(net, self._device)
 
     def find(self, image: NDArray[np.generic], pixel_size_nm: tuple[float, float], threshold: float = 0.5) -> Found:
         """Atoms of ``image`` [rows, cols], pixels ``pixel_size_nm`` (x, y), with at least ``threshold`` confidence.
@@ -130,9 +129,11 @@ class AtomFinder:
     def _heat(self, resampled: sampling.Resampled) -> NDArray[np.float32]:
         import torch
 
-        from . import unet
+        from . import nets
 
-        return unet.probability(self._net, torch.from_numpy(resampled.image).to(self._device)).cpu().numpy()
+        image = torch.from_numpy(resampled.image).to(self._device)
+        maps = [nets.probability(net, image)[0].cpu().numpy() for net in self._members]
+        return np.asarray(np.mean(maps, axis=0))
 
 
 def decode(

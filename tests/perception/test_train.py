@@ -11,18 +11,22 @@ import pytest
 from aecontrol.errors import BadInput
 from aecontrol.perception import sampling
 from aecontrol.perception.finder import decode
-from aecontrol.perception.train import TrainAtoms, _crop, match, train_atoms, train_from_toml
+from aecontrol.perception.learn_atoms import AtomLessons, AtomTraining, crop, match, train_atoms, train_from_toml
+from aecontrol.perception.train import fit
 from simulators.scenes import HaadfScenes
 
-SMALL = TrainAtoms(steps=24, batch=4, patch_px=32, width=4, learning_rate=0.02, held_out_scenes=1)
-FEW = HaadfScenes(size_px=40)
+SMALL = AtomTraining(
+    steps=24, batch=4, patch_px=32, size=4, learning_rate=0.02, held_out_scenes=1, members=2, checkpoint_steps=10
+)
+SCENES = HaadfScenes(size_px=40)
+FEW = ((1.0, SCENES),)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     losses: list[float] = []
     folder = tmp_path_factory.mktemp("weights")
-    card = train_atoms(SMALL, FEW, folder, lambda step, steps, loss: losses.append(loss))
+    card = train_atoms(SMALL, FEW, folder, progress=lambda step, steps, loss: losses.append(loss))
     return folder, card, losses
 
 
@@ -31,9 +35,10 @@ def test_card_describes_the_weights(trained):
     data = (folder / "atoms.safetensors").read_bytes()
     assert card["sha256"] == hashlib.sha256(data).hexdigest()
     assert json.loads((folder / "atoms.json").read_text()) == card
-    assert set(card["metrics"]) == set(FEW.held_out())
-    assert len(losses) == SMALL.steps
-    assert losses[-1] < losses[0]
+    assert set(card["metrics"]) == set(SCENES.held_out())
+    assert len(losses) == SMALL.members * SMALL.steps
+    assert losses[SMALL.steps - 1] < losses[0]
+    assert not list(folder.glob("checkpoint*"))
 
 
 def test_same_seed_same_weights(trained, tmp_path):
@@ -43,7 +48,15 @@ def test_same_seed_same_weights(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[train]\nsteps = 0\n[scenes]\nkind = 'haadf'", "[train]", "[scenes]\nkind = 'no'", "x ="]
+    "text",
+    [
+        "[train]\nsteps = 0\n[[scenes]]\nkind = 'haadf'",
+        "[train]",
+        "[[scenes]]\nkind = 'no'",
+        "[scenes]\nkind = 'haadf'",
+        "[[scenes]]\nkind = 'haadf'\nshare = -1",
+        "x =",
+    ],
 )
 def test_bad_training_files_are_refused(tmp_path, text):
     path = tmp_path / "train.toml"
@@ -59,7 +72,7 @@ def test_heat_of_a_scene_decodes_to_its_atoms(family):
         scene = HaadfScenes(families=(family,), coarse_fraction=0.3).render(3, index)
         whole = sampling.resample(scene.image, scene.pixel_size_nm)
         side = 4 * (max(whole.image.shape) // 4 + 1)
-        _, heat = _crop(scene, whole, side, np.random.default_rng(0), own_statistics=False)
+        _, heat, _ = crop(scene, whole, side, np.random.default_rng(0), own_statistics=False)
         heat = heat[: whole.image.shape[0], : whole.image.shape[1]]
         pixel = (scene.pixel_size_nm[1] * whole.scale[0], scene.pixel_size_nm[0] * whole.scale[1])
         rows, cols, confidence = decode(heat, pixel, 0.5)
@@ -71,6 +84,31 @@ def test_heat_of_a_scene_decodes_to_its_atoms(family):
         assert squares <= hits * 0.015**2
         inner = ((found > 0.1) & (found < size - 0.1)).all(1)  # on the rim, atoms outside leave a part of their heat
         assert (confidence[inner] > 0.9).all()
+
+
+class _PowerCutError(Exception):
+    pass
+
+
+def test_an_interrupted_training_ends_where_it_would_have(trained, tmp_path):
+    def cut(step: int, steps: int, loss: float) -> None:
+        if step == SMALL.steps + 15:
+            raise _PowerCutError
+
+    with pytest.raises(_PowerCutError):
+        train_atoms(SMALL, FEW, tmp_path, progress=cut)
+    seen: list[int] = []
+    assert train_atoms(SMALL, FEW, tmp_path, progress=lambda s, *_: seen.append(s))["sha256"] == trained[1]["sha256"]
+    assert seen[0] == SMALL.steps + 11
+
+
+def test_checkpoints_of_another_training_are_refused(tmp_path):
+    fit(SMALL, AtomLessons(SMALL, FEW), tmp_path)
+    with pytest.raises(BadInput, match="another training"):
+        fit(SMALL.model_copy(update={"batch": 2}), AtomLessons(SMALL, FEW), tmp_path)
+    (tmp_path / "checkpoint-0.pt").write_bytes(b"torn")
+    with pytest.raises(BadInput, match="cannot be read"):
+        fit(SMALL, AtomLessons(SMALL, FEW), tmp_path)
 
 
 def test_match_counts_each_atom_once():
