@@ -1,6 +1,6 @@
-"""Random atomic-resolution HAADF scenes with known atom positions, to train and test atom finding.
+"""Random HAADF scenes of single atoms with known positions, to train and test atom finding; what scenes are made of.
 
-Columns are sums of two Gaussians (probe core and tail) evaluated exactly at the pixel centres, which is fast enough to
+Atoms are sums of two Gaussians (probe core and tail) evaluated exactly at the pixel centres, which is fast enough to
 draw a new scene for every training patch; the probe-based renderer is kept for specimens and serves as the independent
 test of what is learnt here. All ranges are choices, wide on purpose; the texture of the amorphous support was set by
 eye and by power spectrum against two public images of Pt on N-doped carbon.
@@ -19,7 +19,6 @@ from aecontrol.types import Model, PositiveInt
 
 from .streams import stream
 
-Family = Literal["mos2", "graphene", "single_atoms"]
 Floats = NDArray[np.float64]
 
 MARGIN_NM = 0.4
@@ -31,171 +30,71 @@ class Scene:
     """One image and what is in it.
 
     ``image`` [rows, cols] float32; ``pixel_size_nm`` (x, y); ``positions_px`` [n, 2] (x, y), the centre of pixel [0, 0]
-    at (0.5, 0.5), columns just outside the frame included; ``labels`` [n] ('Mo', 'S2', 'S1', 'C', 'heavy');
-    ``counts`` [n] expected counts of each column.
+    at (0.5, 0.5), columns just outside the frame included; ``counts`` [n] expected counts of each column; ``wanted``
+    [n] False where finding and missing it are both right.
     """
 
     image: NDArray[np.float32]
     pixel_size_nm: tuple[float, float]
     positions_px: Floats
-    labels: NDArray[np.str_]
     counts: Floats
-
-    @property
-    def wanted(self) -> NDArray[np.bool_]:
-        """[n] True for atoms that are to be found."""
-        return np.ones(len(self.counts), dtype=bool)
+    wanted: NDArray[np.bool_]
 
 
-class HaadfScenes(Model):
-    """MoS2 and graphene monolayers with vacancies, and single heavy atoms on an amorphous light support."""
+class SingleAtomScenes(Model):
+    """Isolated heavy atoms on an amorphous light support, in parts over vacuum."""
 
-    kind: Literal["haadf"] = "haadf"
-    families: tuple[Family, ...] = Field(
-        ("mos2", "graphene", "single_atoms", "single_atoms"), min_length=1, description="drawn with equal chance each"
-    )
+    kind: Literal["single_atoms"] = "single_atoms"
     size_px: PositiveInt = Field(96, description="rows and columns of a scene (fewer when its pixels are coarse)")
     pixel_nm: tuple[float, float] = Field((0.02, 0.042), description="smallest and largest pixel, nm")
     coarse_fraction: float = Field(0.1, ge=0, le=1, description="fraction of scenes with pixels up to 0.1 nm")
-    counts: tuple[float, float] = Field((5.0, 1e4), description="range of the brightest column's expected counts")
-    blur_nm: tuple[float, float] = Field((0.034, 0.065), description="range of the columns' standard deviation, nm")
     clean: bool = Field(False, description="without contamination, edges, scan jitter, read noise and probe tails")
 
     def render(self, seed: int, index: int) -> Scene:
         """Scene ``index`` of stream ``seed``; the same numbers give the same scene in any process. Cannot fail."""
         rng = stream(seed, "scene", index)
-        pixel = _log_uniform(rng, *self.pixel_nm)
+        pixel = log_uniform(rng, *self.pixel_nm)
         side = self.size_px * pixel
         if rng.random() < self.coarse_fraction:
-            pixel = _log_uniform(rng, self.pixel_nm[1], 0.1)
-        n = round(side / pixel)
-        family = self.families[rng.integers(len(self.families))]
-        blur = _log_uniform(rng, *self.blur_nm)
-        counts = _log_uniform(rng, *self.counts)
-        if family == "single_atoms":
-            return _single_atoms(rng, self, n, pixel)
-        build = _mos2 if family == "mos2" else _graphene
-        columns = build(rng, n * pixel)
-        if not self.clean:
-            columns = _cut_edge(rng, columns, n * pixel)
-        return _sheet(rng, self, columns, n, pixel, blur, counts)
+            pixel = log_uniform(rng, self.pixel_nm[1], 0.1)
+        return _single_atoms(rng, self, round(side / pixel), pixel)
 
-    def held_out(self) -> dict[str, HaadfScenes]:
-        """Named conditions for a model card: each sheet at four doses (the brightest column's counts), single atoms."""
+    def held_out(self) -> dict[str, SingleAtomScenes]:
+        """The one condition of the model card."""
         fixed: dict[str, object] = {"size_px": 128, "pixel_nm": (0.03, 0.03), "coarse_fraction": 0.0}
-        conditions = {
-            f"{family}, {counts} counts": {"families": (family,), "counts": (counts, counts)}
-            for family in ("mos2", "graphene")
-            for counts in (20, 50, 150, 1000)
-        }
-        conditions["single_atoms, any counts"] = {"families": ("single_atoms",)}
-        return {name: self.model_copy(update={**fixed, **change}) for name, change in conditions.items()}
+        return {"single atoms, any counts": self.model_copy(update=fixed)}
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Columns of a sheet: ``xy`` [n, 2] nm from the frame's corner, ``weight`` (brightest kind 1) and ``labels``."""
-
-    xy: Floats
-    weight: Floats
-    labels: NDArray[np.str_]
-
-    def __getitem__(self, keep: NDArray[np.bool_]) -> _Columns:
-        return _Columns(self.xy[keep], self.weight[keep], self.labels[keep])
-
-
-def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """A number between ``low`` and ``high``, uniform in its logarithm."""
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
-def _hexagonal(rng: np.random.Generator, side: float, a: float) -> tuple[Floats, NDArray[np.int64]]:
-    """Both sublattices of a strained, turned honeycomb with lattice constant ``a`` nm over a frame of ``side`` nm."""
-    reach = int(np.ceil((side + 2 * MARGIN_NM) / a)) + 2
-    i, j = (k.ravel() for k in np.mgrid[-reach : reach + 1, -reach : reach + 1])
-    first = np.stack([a * (i + 0.5 * j), a * np.sqrt(0.75) * j], 1)
-    both = np.concatenate([first, first + np.array([a / 2, a / np.sqrt(12)])]) + rng.uniform(0, a, 2)
-    angle = rng.uniform(0, 2 * np.pi)
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    strain = np.eye(2) * rng.uniform(0.92, 1.08) + rng.uniform(-0.03, 0.03, (2, 2))
-    xy = both @ (strain @ turn).T + side / 2
-    sublattice = np.repeat([0, 1], len(first))
-    near = ((xy > -MARGIN_NM) & (xy < side + MARGIN_NM)).all(1)
-    return xy[near] + rng.normal(0, rng.uniform(0, 0.012), (near.sum(), 2)), sublattice[near]
-
-
-def _mos2(rng: np.random.Generator, side: float) -> _Columns:
-    """MoS2 (a = 0.316 nm). Brightness ratios span the multislice values for 60-100 kV and 60-200 to 86-200 mrad."""
-    xy, sublattice = _hexagonal(rng, side, 0.316)
-    labels = np.where(sublattice == 0, "Mo", "S2")
-    chance = rng.random(len(xy))
-    single, double = rng.uniform(0, 0.15), rng.uniform(0, 0.04)
-    labels[(labels == "S2") & (chance < single)] = "S1"
-    missing = ((sublattice == 1) & (chance > 1 - double)) | ((sublattice == 0) & (chance > 1 - 0.2 * double))
-    s2 = 1 / rng.uniform(1.9, 3.2)
-    bright = {"Mo": 1.0, "S2": s2, "S1": s2 / rng.uniform(1.8, 2.4)}
-    weight = np.array([bright[label] for label in labels.tolist()])
-    return _Columns(xy, weight, labels)[~missing]
-
-
-def _graphene(rng: np.random.Generator, side: float) -> _Columns:
-    """Graphene (a = 0.246 nm) with vacancies and a rare heavier substitute."""
-    xy, _ = _hexagonal(rng, side, 0.246)
-    chance = rng.random(len(xy))
-    heavier = chance < 0.004
-    labels = np.where(heavier, "heavy", "C")
-    missing = chance > 1 - rng.uniform(0, 0.05)
-    return _Columns(xy, np.where(heavier, rng.uniform(2, 5), 1.0), labels)[~missing]
-
-
-def _cut_edge(rng: np.random.Generator, columns: _Columns, side: float) -> _Columns:
-    """Now and then, a straight edge of the sheet or a round hole in it."""
+def cut_edge(rng: np.random.Generator, xy: Floats, side: float) -> NDArray[np.bool_] | None:
+    """Now and then (else None) which of ``xy`` [n, 2] nm are left by a straight edge of the crystal or a round hole."""
     choice = rng.random()
     if choice > 0.3:
-        return columns
-    center = rng.uniform(0, side, 2)
-    from_center = columns.xy - center
+        return None
+    from_center = xy - rng.uniform(0, side, 2)
     if choice < 0.15:
         angle = rng.uniform(0, 2 * np.pi)
-        return columns[from_center @ [np.cos(angle), np.sin(angle)] > 0]
-    return columns[np.hypot(*from_center.T) > rng.uniform(0.3, 1.0)]
+        return np.asarray(from_center @ [np.cos(angle), np.sin(angle)] > 0)
+    return np.asarray(np.hypot(*from_center.T) > rng.uniform(0.3, 1.0))
 
 
-def _sheet(
-    rng: np.random.Generator, of: HaadfScenes, columns: _Columns, n: int, pixel: float, blur: float, counts: float
-) -> Scene:
-    """A rendered monolayer: columns, background, contamination, noise."""
-    expected = _gaussians(
-        rng, columns.xy / pixel, columns.weight * counts, np.full(len(columns.xy), blur / pixel), n, of.clean
-    )
-    peak = counts * pixel**2 / (2 * np.pi * blur**2)
-    background = np.full((n, n), peak * rng.uniform(0.005, 0.08))
-    if not of.clean:
-        background += peak * _log_uniform(rng, 0.01, 0.6) * _ramp(rng, n)
-        if rng.random() < 0.4:  # contamination: light atoms in blobs
-            mottle = 1 + rng.uniform(0, 0.3) * _texture(rng, n, blur / pixel, white=1.0)
-            background += peak * _log_uniform(rng, 0.05, 1.0) * _blobs(rng, n, 0.5 / pixel) * np.maximum(mottle, 0)
-    return Scene(
-        _detect(rng, expected + background, of.clean),
-        (pixel, pixel),
-        columns.xy / pixel,
-        columns.labels,
-        columns.weight * counts,
-    )
-
-
-def _single_atoms(rng: np.random.Generator, of: HaadfScenes, n: int, pixel: float) -> Scene:
+def _single_atoms(rng: np.random.Generator, of: SingleAtomScenes, n: int, pixel: float) -> Scene:
     """Isolated heavy atoms on a mottled light support, in parts over vacuum."""
-    blur = _log_uniform(rng, 0.045, 0.11)  # wider than in a sheet: a thick support is not in focus throughout
+    blur = log_uniform(rng, 0.045, 0.11)  # wider than in a sheet: a thick support is not in focus throughout
     side = n * pixel
     area = (side + 2 * MARGIN_NM) ** 2
-    xy = rng.uniform(-MARGIN_NM, side + MARGIN_NM, (rng.poisson(_log_uniform(rng, 0.05, 1.2) * area), 2))
+    xy = rng.uniform(-MARGIN_NM, side + MARGIN_NM, (rng.poisson(log_uniform(rng, 0.05, 1.2) * area), 2))
     if len(xy) > 1 and rng.random() < 0.5:  # pairs and short rows
         mates = rng.random(len(xy)) < 0.2
         angle, apart = rng.uniform(0, 2 * np.pi, mates.sum()), rng.uniform(0.2, 0.45, mates.sum())
         xy = np.concatenate([xy, xy[mates] + np.stack([np.cos(angle), np.sin(angle)], 1) * apart[:, None]])
     apart = np.hypot(*(xy[:, None] - xy[None]).transpose(2, 0, 1)) + 9 * np.tri(len(xy)).T
     xy = xy[(apart > 0.18).all(1)]
-    thickness = 1 + rng.uniform(0.0, 0.4) * _blobs(rng, n, rng.uniform(0.6, 3.0) / pixel, sign=True)
+    thickness = 1 + rng.uniform(0.0, 0.4) * blobs(rng, n, rng.uniform(0.6, 3.0) / pixel, sign=True)
     if rng.random() < 0.25:  # edge of the support
         angle, width = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.8) / pixel
         along = (np.arange(n) - rng.uniform(0, n)) * np.array([[np.cos(angle)], [np.sin(angle)]])
@@ -204,20 +103,21 @@ def _single_atoms(rng: np.random.Generator, of: HaadfScenes, n: int, pixel: floa
         xy = xy[on_support]
     thickness = np.maximum(thickness, 0.02)
     # contrast of one atom over the mean support, and noise: signal-to-noise of the matched filter, 4 to 60
-    contrast = _log_uniform(rng, 0.08, 4.0)
-    ratio = _log_uniform(rng, 4.0, 60.0)
+    contrast = log_uniform(rng, 0.08, 4.0)
+    ratio = log_uniform(rng, 4.0, 60.0)
     per_pixel = (ratio * pixel / (contrast * np.sqrt(np.pi) * blur)) ** 2
     support = thickness
     if not of.clean:
-        grain = _texture(rng, n, rng.uniform(0.6, 1.0) * blur / pixel, white=rng.uniform(0.2, 1.5))
+        grain = texture(rng, n, rng.uniform(0.6, 1.0) * blur / pixel, white=rng.uniform(0.2, 1.5))
         amount = min(0.3, contrast * rng.uniform(0.05, 0.45))
         support = np.maximum(thickness + amount * np.sqrt(thickness) * grain, 0.01)
     weight = np.exp(rng.normal(0, rng.uniform(0.05, 0.3), len(xy)))
     integral = contrast * 2 * np.pi * (blur / pixel) ** 2
     sigma = blur / pixel * np.exp(rng.normal(0, 0 if of.clean else rng.uniform(0, 0.2), len(xy)))
     expected = _gaussians(rng, xy / pixel, weight * integral, sigma, n, of.clean)
-    image = _detect(rng, per_pixel * (support + expected), of.clean)
-    return Scene(image, (pixel, pixel), xy / pixel, np.full(len(xy), "heavy"), weight * integral * per_pixel)
+    image = detect(rng, per_pixel * (support + expected), of.clean)
+    counts = weight * integral * per_pixel
+    return Scene(image, (pixel, pixel), xy / pixel, counts, np.ones(len(xy), dtype=bool))
 
 
 def _gaussians(rng: np.random.Generator, xy: Floats, counts: Floats, sigma: Floats, n: int, clean: bool) -> Floats:
@@ -242,7 +142,7 @@ def _gaussians(rng: np.random.Generator, xy: Floats, counts: Floats, sigma: Floa
     return np.maximum(total, 0)
 
 
-def _ramp(rng: np.random.Generator, n: int) -> Floats:
+def ramp(rng: np.random.Generator, n: int) -> Floats:
     """A plane between 0 and 1."""
     slope = rng.uniform(-1, 1, 2)
     plane = slope[0] * np.linspace(0, 1, n)[:, None] + slope[1] * np.linspace(0, 1, n)
@@ -264,13 +164,13 @@ def _frequencies(n: int) -> Floats:
     return np.asarray(np.hypot(np.fft.fftfreq(2 * n)[:, None], np.fft.rfftfreq(2 * n)) + 1e-6)
 
 
-def _blobs(rng: np.random.Generator, n: int, scale_px: float, sign: bool = False) -> Floats:
+def blobs(rng: np.random.Generator, n: int, scale_px: float, sign: bool = False) -> Floats:
     """Smooth field with features of ``scale_px``: where it is positive, or with ``sign`` all of it."""
     field = _filtered(rng, n, np.exp(-2 * (np.pi * _frequencies(n) * scale_px / 2) ** 2))
     return field if sign else np.asarray(np.maximum(field, 0))
 
 
-def _texture(rng: np.random.Generator, n: int, sigma: float, white: float) -> Floats:
+def texture(rng: np.random.Generator, n: int, sigma: float, white: float) -> Floats:
     """What unresolved light atoms look like through the probe, with a share of longer clumps."""
     k = _frequencies(n)
     probe = np.exp(-2 * (np.pi * k * sigma) ** 2)
@@ -278,7 +178,7 @@ def _texture(rng: np.random.Generator, n: int, sigma: float, white: float) -> Fl
     return _filtered(rng, n, probe * white + 0.1 * clumps)
 
 
-def _detect(rng: np.random.Generator, expected: Floats, clean: bool) -> NDArray[np.float32]:
+def detect(rng: np.random.Generator, expected: Floats, clean: bool) -> NDArray[np.float32]:
     """Poisson counts; unless ``clean``, with uneven lines and, for half of the scenes, gain, offset and read noise."""
     if clean:
         return rng.poisson(expected).astype(np.float32)
@@ -286,5 +186,5 @@ def _detect(rng: np.random.Generator, expected: Floats, clean: bool) -> NDArray[
     counts = rng.poisson(expected * np.maximum(lines, 0)).astype(float)
     if rng.random() < 0.5:
         read = rng.uniform(0, 0.4) * np.sqrt(expected.mean())
-        counts = _log_uniform(rng, 1e-3, 1e3) * (counts + rng.normal(0, read, counts.shape) + rng.uniform(-1, 20))
+        counts = log_uniform(rng, 1e-3, 1e3) * (counts + rng.normal(0, read, counts.shape) + rng.uniform(-1, 20))
     return counts.astype(np.float32)

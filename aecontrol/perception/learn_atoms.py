@@ -77,16 +77,26 @@ class AtomTraining(Training):
 
 
 @dataclass(frozen=True)
+class Source:
+    """Scenes, their share of the patches, and the part of the training after which they take part: scenes that are few
+    (labelled by hand) come late, when the network knows what an atom is, and cannot be learnt by heart."""
+
+    scenes: Scenes
+    share: float = 1.0
+    after: float = 0.0
+
+
+@dataclass(frozen=True)
 class AtomLessons:
     """Heat maps of the atoms in random patches of scenes, each source with its share of them."""
 
     config: Training
-    sources: tuple[tuple[float, Scenes], ...]
+    sources: tuple[Source, ...]
     outputs: Sequence[str] = ("atom",)
 
     def fingerprint(self) -> str:
         """The settings of all sources."""
-        return json.dumps([(share, source.model_dump(mode="json")) for share, source in self.sources], sort_keys=True)
+        return json.dumps([(s.share, s.after, s.scenes.model_dump(mode="json")) for s in self.sources], sort_keys=True)
 
     def batch(self, seed: int, step: int) -> Batch:
         """Inputs, heat maps and weights of a step. Every fourth step has many small patches: small sub-scans, whose
@@ -94,11 +104,11 @@ class AtomLessons:
         config = self.config
         side, parts = (config.patch_px // 8 * 4, 4) if step % 4 == 3 else (config.patch_px, 1)
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(crc32(b"crop"), step)))
-        shares = np.cumsum([share for share, _ in self.sources])
+        shares = np.cumsum([s.share if step >= s.after * config.steps else 0.0 for s in self.sources])
         examples = []
         for k in range(config.batch):
-            source = self.sources[int(np.searchsorted(shares, rng.random() * shares[-1]))][1]
-            scene = source.render(seed, step * config.batch + k)
+            source = self.sources[int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))]
+            scene = source.scenes.render(seed, step * config.batch + k)
             whole = sampling.resample(scene.image, scene.pixel_size_nm)
             examples += [crop(scene, whole, side, rng, own_statistics=parts > 1) for _ in range(parts)]
         inputs, heats, weights = (np.stack(arrays)[:, None] for arrays in zip(*examples, strict=True))
@@ -133,16 +143,19 @@ def train_from_toml(
     return train_atoms(settings, sources, out_dir, device, progress, command=command)
 
 
-def _source(table: Any, where: str) -> tuple[float, Scenes]:
-    share = table.pop("share", 1.0) if isinstance(table, dict) else None
-    if not isinstance(share, int | float) or not share > 0:
-        raise BadInput(f"{where}.share = {share!r}", "give a positive number")
-    return float(share), cast(Scenes, build_part("scenes", table, where))
+def _source(table: Any, where: str) -> Source:
+    numbers = {"share": 1.0, "after": 0.0}
+    if isinstance(table, dict):
+        numbers = {key: table.pop(key, value) for key, value in numbers.items()}
+    for key, value in numbers.items():
+        if not isinstance(value, int | float) or not (value > 0 if key == "share" else 0 <= value < 1):
+            raise BadInput(f"{where}.{key} = {value!r}", "share is positive; after is from 0 to below 1")
+    return Source(cast(Scenes, build_part("scenes", table, where)), **numbers)
 
 
 def train_atoms(
     config: AtomTraining,
-    sources: Sequence[tuple[float, Scenes]],
+    sources: Sequence[Source],
     out_dir: Path,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -174,8 +187,8 @@ def train_atoms(
         "libraries": {"torch": torch.__version__, "numpy": np.__version__},
         "metrics": {
             name: metrics
-            for _, source in sources
-            for name, metrics in evaluate(finder, source, config.seed, config.held_out_scenes).items()
+            for source in sources
+            for name, metrics in evaluate(finder, source.scenes, config.seed, config.held_out_scenes).items()
         },
         "metrics_note": f"threshold 0.5, gate 0.05 nm, rim of {RIM_NM} nm left out, scenes unseen in training",
     }

@@ -58,14 +58,15 @@ class UNet(nn.Module):
     ``size``: channels at full resolution."""
 
     multiple = 4
-    reach_px = 28
+    reach_px = 52
 
     def __init__(self, size: int = 16, outputs: int = 1) -> None:
         super().__init__()
         a, b, c = size, 2 * size, 4 * size
         self.down1 = nn.Sequential(_Block(1, a), _Block(a, a))
         self.down2 = nn.Sequential(_Block(a, b, stride=2), _Block(b, b))
-        self.bottom = nn.Sequential(_Block(b, c, stride=2), _Block(c, c, dilation=2), _Block(c, c))
+        wide = [_Block(c, c, dilation=d) for d in (2, 4, 2, 1)]  # reach enough to see a lattice through the noise
+        self.bottom = nn.Sequential(_Block(b, c, stride=2), *wide)
         self.from3 = nn.Conv2d(c, b, 1)
         self.up2 = nn.Sequential(_Block(b, b), _Block(b, b))
         self.from2 = nn.Conv2d(b, a, 1)

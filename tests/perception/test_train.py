@@ -11,15 +11,24 @@ import pytest
 from aecontrol.errors import BadInput
 from aecontrol.perception import sampling
 from aecontrol.perception.finder import decode
-from aecontrol.perception.learn_atoms import AtomLessons, AtomTraining, crop, match, train_atoms, train_from_toml
+from aecontrol.perception.learn_atoms import (
+    AtomLessons,
+    AtomTraining,
+    Source,
+    crop,
+    match,
+    train_atoms,
+    train_from_toml,
+)
 from aecontrol.perception.train import fit
-from simulators.scenes import HaadfScenes
+from simulators.crystal_scenes import CrystalScenes
+from simulators.scenes import SingleAtomScenes
 
 SMALL = AtomTraining(
     steps=24, batch=4, patch_px=32, size=4, learning_rate=0.02, held_out_scenes=1, members=2, checkpoint_steps=10
 )
-SCENES = HaadfScenes(size_px=40)
-FEW = ((1.0, SCENES),)
+SCENES = SingleAtomScenes(size_px=40)
+FEW = (Source(SCENES), Source(SCENES, 2.0, after=0.5))
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +59,11 @@ def test_same_seed_same_weights(trained, tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "[train]\nsteps = 0\n[[scenes]]\nkind = 'haadf'",
+        "[train]\nsteps = 0\n[[scenes]]\nkind = 'single_atoms'",
         "[train]",
         "[[scenes]]\nkind = 'no'",
-        "[scenes]\nkind = 'haadf'",
-        "[[scenes]]\nkind = 'haadf'\nshare = -1",
+        "[scenes]\nkind = 'single_atoms'",
+        "[[scenes]]\nkind = 'single_atoms'\nshare = -1",
         "x =",
     ],
 )
@@ -65,11 +74,17 @@ def test_bad_training_files_are_refused(tmp_path, text):
         train_from_toml(path, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["mos2", "graphene", "single_atoms"])
-def test_heat_of_a_scene_decodes_to_its_atoms(family):
+@pytest.mark.parametrize(
+    "scenes",
+    [
+        CrystalScenes(materials=("mos2", "graphene", "random"), counts=(2000.0, 2000.0), coarse_fraction=0.3),
+        SingleAtomScenes(coarse_fraction=0.3),
+    ],
+)
+def test_heat_of_a_scene_decodes_to_its_atoms(scenes):
     """The training target and the decoder are each other's inverse, rims and coarse pixels included."""
     for index in range(6):
-        scene = HaadfScenes(families=(family,), coarse_fraction=0.3).render(3, index)
+        scene = scenes.render(3, index)
         whole = sampling.resample(scene.image, scene.pixel_size_nm)
         side = 4 * (max(whole.image.shape) // 4 + 1)
         _, heat, _ = crop(scene, whole, side, np.random.default_rng(0), own_statistics=False)
@@ -78,7 +93,7 @@ def test_heat_of_a_scene_decodes_to_its_atoms(family):
         rows, cols, confidence = decode(heat, pixel, 0.5)
         size = np.array(whole.image.shape[::-1]) * pixel[::-1]
         found = np.stack([cols, rows], 1) * pixel[::-1]
-        hits, judged, there, squares = match(found, scene.positions_px * scene.pixel_size_nm, size, 0.05)
+        hits, judged, there, squares = match(found, scene.positions_px * scene.pixel_size_nm, size, 0.05, scene.wanted)
         assert hits == judged
         assert hits >= 0.98 * there  # disorder pushes a few pairs into one
         assert squares <= hits * 0.015**2
