@@ -18,6 +18,7 @@ from . import refine, sampling
 
 if TYPE_CHECKING:
     from .unet import UNet
+    from .windows import Progress
 
 Floats = NDArray[np.float64]
 
@@ -94,17 +95,27 @@ class AtomFinder:
             ) from error
         return unet.place(net, self._device)
 
-    def find(self, image: NDArray[np.generic], pixel_size_nm: tuple[float, float], threshold: float = 0.5) -> Found:
+    def find(
+        self,
+        image: NDArray[np.generic],
+        pixel_size_nm: tuple[float, float],
+        threshold: float = 0.5,
+        refined: bool = True,
+        progress: Progress | None = None,
+    ) -> Found:
         """Atoms of ``image`` [rows, cols], pixels ``pixel_size_nm`` (x, y), with at least ``threshold`` confidence.
 
-        Deterministic; does not depend on the image's gain and offset. Raises BadInput for an image that is not 2-D,
-        not finite, too coarse (0.13 nm) or too small (0.24 nm).
+        Not ``refined``: positions are the network's own, and intensities and all standard errors NaN. ``progress`` is
+        told of the windows that the network has read. Deterministic; does not depend on the image's gain and offset.
+        Raises BadInput for an image that is not 2-D, not finite, too coarse (0.13 nm) or too small (0.24 nm).
         """
         resampled = sampling.resample(image, pixel_size_nm)
-        heat = self._heat(resampled)
+        heat = self._heat(resampled, progress)
         scale_y, scale_x = resampled.scale
         pixel_yx = (pixel_size_nm[1] * scale_y, pixel_size_nm[0] * scale_x)
         rows, cols, confidence = decode(heat, pixel_yx, threshold)
+        if not refined:
+            return _unrefined(cols * scale_x, rows * scale_y, confidence, resampled)
         bin_y, bin_x = resampled.bins
         fit = refine.refine(
             resampled.binned,
@@ -127,12 +138,17 @@ class AtomFinder:
             blur_nm=fit.blur_nm,
         )
 
-    def _heat(self, resampled: sampling.Resampled) -> NDArray[np.float32]:
-        import torch
+    def _heat(self, resampled: sampling.Resampled, progress: Progress | None) -> NDArray[np.float32]:
+        from . import windows
 
-        from . import unet
+        return np.asarray(windows.heat(self._net, resampled.image, self._device, progress=progress)[0])
 
-        return unet.probability(self._net, torch.from_numpy(resampled.image).to(self._device)).cpu().numpy()
+
+def _unrefined(x: Floats, y: Floats, confidence: Floats, resampled: sampling.Resampled) -> Found:
+    """What the network alone says."""
+    unknown = np.full(len(x), np.nan)
+    background = float(np.median(resampled.binned)) / (resampled.bins[0] * resampled.bins[1])
+    return Found(x, y, confidence, unknown, unknown, unknown, unknown, background, None)
 
 
 def decode(

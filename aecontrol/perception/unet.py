@@ -14,6 +14,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 MULTIPLE = 4
 """Both image sides must be a multiple of this (two halvings)."""
+REACH_PX = 27
+"""How far from a pixel the image can lie that changes the output there."""
 
 
 class _Block(nn.Module):
@@ -36,6 +38,9 @@ class _Block(nn.Module):
 
 class UNet(nn.Module):
     """[n, 1, h, w] normalised images -> [n, 1, h, w] logits of the heat map; h and w multiples of ``MULTIPLE``."""
+
+    multiple = MULTIPLE
+    reach_px = REACH_PX
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -92,11 +97,3 @@ def load(data: bytes) -> UNet:
     net = UNet(tensors["down1.0.conv.weight"].shape[0])
     net.load_state_dict(tensors)
     return net.fused()
-
-
-def probability(net: UNet, image: Tensor) -> Tensor:
-    """[h, w] normalised image -> [h, w] heat map in [0, 1]; zero-padded (the local mean) to ``MULTIPLE``."""
-    h, w = image.shape
-    padded = functional.pad(image[None, None], (0, -w % MULTIPLE, 0, -h % MULTIPLE))
-    with torch.inference_mode():
-        return torch.sigmoid(net(padded))[0, 0, :h, :w]
