@@ -83,7 +83,7 @@ def test_windowed_equals_whole_for_the_shipped_network(net, shape):
     image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     together, apart = whole(net, image), heat(net, image, window_px=256)
     assert np.abs(together - apart).max() < 1e-5
-    assert together.max() > 0.1  # there is something to see
+    assert np.ptp(together) > 0.05  # there is something to see
 
 
 def test_the_network_sees_as_far_as_it_says(net):
