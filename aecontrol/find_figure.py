@@ -115,8 +115,15 @@ def _mark(ax: Axes, result: dict[str, Any], colours: dict[str, str], box: Box, s
     for label, colour in colours.items():
         x, y = _inside([atom for atom in result["atoms"] if atom["label"] == label], box)
         if near:
-            ax.scatter(x, y, s=float(np.clip(0.45 * step, 3.0, 14.0)) ** 2, facecolors="none", edgecolors=colour)
-            ax.scatter(x, y, s=4.0, color=colour, linewidths=0, label=f"{label} ({len(x)})")
+            ax.scatter(
+                x,
+                y,
+                s=float(np.clip(0.45 * step, 3.0, 14.0)) ** 2,
+                facecolors="none",
+                edgecolors=colour,
+                label=f"{label} ({len(x)})",
+            )
+            ax.scatter(x, y, s=4.0, color=colour, linewidths=0)
         else:
             ax.scatter(x, y, s=float(np.clip(0.3 * step, 0.7, 4.0)) ** 2, color=colour, linewidths=0)
     x, y = _inside(result["vacancies"], box)
@@ -137,8 +144,9 @@ def _frames(ax: Axes, result: dict[str, Any], box: Box) -> None:
 
     near = (box[0], box[3], box[1] - box[0], box[2] - box[3])
     ax.add_patch(Rectangle(near[:2], *near[2:], fill=False, edgecolor="white", linewidth=1.5))
-    for area in result["quality"]["areas"]:
-        corner = (area["x"], area["y"])
-        ax.add_patch(
-            Rectangle(corner, area["width"], area["height"], fill=False, edgecolor=SUSPICIOUS, linewidth=0.8, ls=":")
-        )
+    for number, area in enumerate(result["quality"]["areas"]):
+        dotted: dict[str, Any] = {"fill": False, "edgecolor": SUSPICIOUS, "linewidth": 1.0, "linestyle": ":"}
+        label = None if number else "suspicious: see the quality in atoms.json"
+        ax.add_patch(Rectangle((area["x"], area["y"]), area["width"], area["height"], label=label, **dotted))
+    if result["quality"]["areas"]:
+        ax.legend(loc="upper right", labelcolor="white", facecolor="black")

@@ -23,6 +23,8 @@ SUSPICIOUS = 4.0
 pixels."""
 SMOOTH_NM = 0.9
 """What varies over more than this is background."""
+RIM_NM = 0.15
+"""Columns just outside the frame shine this far into it, and are not in the table."""
 CLIPPED_PX = 8
 """Fewer pixels than this at the highest value are no saturation."""
 MOST_AREAS = 50
@@ -176,7 +178,7 @@ def _saturated(image: Pixels, pixel_nm: float) -> list[tuple[Box, str]]:
     if many < CLIPPED_PX or many == top.size or many <= 2 * int((image == image[~top].max()).sum()):
         return []
     near = max(1, round(0.1 / pixel_nm))
-    return [(box, SATURATED) for box in _boxes(binary_dilation(top, iterations=near), 1)]
+    return [(_box(place, 1), SATURATED) for place in _slices(binary_dilation(top, iterations=near))]
 
 
 def _unexplained(found: Found, image: Pixels, pixel_nm: float) -> list[tuple[Box, str]]:
@@ -191,16 +193,15 @@ def _unexplained(found: Found, image: Pixels, pixel_nm: float) -> list[tuple[Box
     width = round(SMOOTH_NM / (pixel_nm * bins))
     residual -= uniform_filter(uniform_filter(residual, width), width)
     side = max(4, round(TILE_NM / (pixel_nm * bins)))
-    if min(binned.shape) < 2 * side:
+    rim = round(RIM_NM / (pixel_nm * bins))
+    if min(binned.shape) < 2 * (side + rim):
         return []
-    variance = sampling.bin_sum(residual**2, (side, side)) / side**2
-    excess = variance / _usual(sampling.bin_sum(binned, (side, side)), variance)
-    strange = [(float(excess[box].max()), box) for box in _slices(excess > SUSPICIOUS)]
+    inner = (slice(rim, -rim or None),) * 2
+    variance = sampling.bin_sum(residual[inner] ** 2, (side, side)) / side**2
+    excess = variance / _usual(sampling.bin_sum(binned[inner], (side, side)), variance)
+    strange = [(float(excess[place].max()), place) for place in _slices(excess > SUSPICIOUS)]
     strange.sort(key=lambda pair: -pair[0])
-    return [
-        (_box(box, side * bins), f"the columns leave {worst:.1f} times the usual variance unexplained")
-        for worst, box in strange
-    ]
+    return [(_box(place, side * bins, rim * bins), f"{worst:.1f} times the usual misfit") for worst, place in strange]
 
 
 def _columns(found: Found, shape: tuple[int, ...], bins: int, blur: float) -> Floats:
@@ -235,16 +236,14 @@ def _usual(level: Floats, variance: Floats) -> Floats:
 
 
 def _slices(mask: NDArray[np.bool_]) -> list[tuple[slice, slice]]:
-    """Where the connected parts of a mask lie, those that touch at a corner being one."""
+    """Where the connected parts of a mask lie."""
     from scipy.ndimage import find_objects, label
 
-    return list(find_objects(label(mask, np.ones((3, 3)))[0]))
+    return list(find_objects(label(mask)[0]))
 
 
-def _box(place: tuple[slice, slice], side: int) -> Box:
+def _box(place: tuple[slice, slice], side: int, rim: int = 0) -> Box:
+    """Where a part of a map lies whose elements are ``side`` pixels, after a ``rim`` that was left out."""
     rows, cols = place
-    return cols.start * side, rows.start * side, (cols.stop - cols.start) * side, (rows.stop - rows.start) * side
-
-
-def _boxes(mask: NDArray[np.bool_], side: int) -> list[Box]:
-    return [_box(place, side) for place in _slices(mask)]
+    size = (cols.stop - cols.start) * side, (rows.stop - rows.start) * side
+    return rim + cols.start * side, rim + rows.start * side, *size
