@@ -130,6 +130,42 @@ def inspect(
 
 
 @app.command()
+def find(
+    image: Annotated[Path, typer.Argument(help="an image file (npz, npy, TIFF, or what RosettaSciIO reads)")],
+    pixel_size_nm: Annotated[float | None, typer.Option(help="side of a pixel, nm; overrides the file's")] = None,
+    channel: Annotated[str | None, typer.Option(help="which image of a file that holds several")] = None,
+    frame: Annotated[int | None, typer.Option(help="which frame of a stack, from 0")] = None,
+    threshold: Annotated[float, typer.Option(help="least confidence of an atom")] = 0.5,
+    out: Annotated[Path | None, typer.Option(help="folder for tables and picture; default IMAGE_find")] = None,
+    refine: Annotated[bool, typer.Option("--refine/--no-refine", help="fit positions and intensities")] = True,
+    weights: Annotated[Path | None, typer.Option(help="another network than the shipped one")] = None,
+    device: Device = "auto",
+    json_out: Json = False,
+) -> None:
+    """Find the atoms of a microscopy image: tables, a picture, and how far to trust them."""
+    from aecontrol.find import Request, summary_lines
+    from aecontrol.find import find as carry_out
+    from aecontrol.registry import validate
+
+    asked = {"pixel_size_nm": pixel_size_nm, "channel": channel, "frame": frame, "threshold": threshold}
+    request = validate(Request, {**asked, "refine": refine, "weights": weights}, "find")
+    with _bar("finding", json_out) as progress:
+        result = carry_out(image, request, out, _torch_device(device), progress)
+    if json_out:
+        print(json.dumps(result))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for line in summary_lines(result):
+        table.add_row(*line)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(*result["files"].values(), sep="\n", soft_wrap=True, markup=False)
+
+
+@app.command()
 def simulate(
     config: Annotated[Path, typer.Argument(help="a simulation's TOML file; see configs/simulate_*.toml")],
     out: Annotated[Path, typer.Option(help="file to write: .npz, or .hspy with the extra 'files'")],

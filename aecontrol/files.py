@@ -42,8 +42,9 @@ class Picture:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_image(path: str | Path, key: str | None = None) -> Picture:
-    """The image in ``path``; ``key`` names it where the file holds several.
+def read_image(path: str | Path, key: str | None = None, frame: int | None = None) -> Picture:
+    """The image in ``path``; ``key`` names it where the file holds several, ``frame`` its number in a stack (from 0,
+    along the first axis).
 
     npz: ``key``, or the array called ``image``, or the only one that looks like an image; ``pixel_size_nm`` (a number)
     and ``xy_px`` [n, 2] are read beside it when present. npy and TIFF: the one image. Other formats: any that
@@ -69,17 +70,23 @@ def read_image(path: str | Path, key: str | None = None) -> Picture:
             f"{path.name} could not be read: {type(error).__name__}: {error}",
             "the file is damaged or not what its name says",
         ) from error
-    return Picture(_checked(picture.array, path.name), picture.pixel_size_nm, picture.labels, picture.metadata)
+    return Picture(_checked(picture.array, path.name, frame), picture.pixel_size_nm, picture.labels, picture.metadata)
 
 
-def _checked(array: NDArray[np.generic], name: str) -> NDArray[np.generic]:
+def _checked(array: NDArray[np.generic], name: str, frame: int | None) -> NDArray[np.generic]:
     shape = array.shape
+    if {"R", "G", "B"} <= set(array.dtype.names or ()):
+        colours: Any = array  # a structured array: one field a colour
+        array = _grey(np.stack([colours[colour] for colour in "RGB"], -1), name)
     if array.dtype.kind not in "buif":
         raise BadInput(f"{name}: values of type {array.dtype}", "give real numbers")
     if array.ndim > 2:
         array = array.reshape([n for n in shape if n != 1] or [1])
+    if frame is not None:
+        array = _one_of(array if array.ndim > 2 else array[None], frame, name)
     if array.ndim != 2:
-        raise BadInput(f"{name}: an array of shape {shape}", "give one two-dimensional image [rows, columns]")
+        stack = f"; of a stack, one frame: 0 to {len(array) - 1}" if array.ndim == 3 else ""
+        raise BadInput(f"{name}: an array of shape {shape}", f"give one two-dimensional image [rows, columns]{stack}")
     if array.size == 0:
         raise BadInput(f"{name}: an empty image, shape {shape}", "give at least one pixel")
     if not np.isfinite(array).any():
@@ -87,6 +94,19 @@ def _checked(array: NDArray[np.generic], name: str) -> NDArray[np.generic]:
     array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
     array.flags.writeable = False
     return array
+
+
+def _one_of(stack: NDArray[np.generic], frame: int, name: str) -> NDArray[np.generic]:
+    if not 0 <= frame < len(stack):
+        raise BadInput(f"{name} has no frame {frame}", f"it holds {len(stack)}: 0 to {len(stack) - 1}")
+    return np.asarray(stack[frame])
+
+
+def _grey(colours: NDArray[np.generic], name: str) -> NDArray[np.generic]:
+    """The common value of red, green and blue [..., 3]; a coloured picture is not an intensity."""
+    if not (colours[..., :1] == colours[..., :3]).all():
+        raise BadInput(f"{name}: a colour picture", "give the recorded image, or export it in greys without marks")
+    return np.asarray(colours[..., 0])
 
 
 def _read_npy(path: Path, key: str | None) -> Picture:
@@ -162,7 +182,10 @@ def _read_tiff(path: Path, key: str | None) -> Picture:
                 f"{path.name}: an image of shape {series.shape}, {series.nbytes} bytes",
                 f"the limit is {SIZE_LIMIT_BYTES} bytes; crop or bin the image first",
             )
-        return Picture(series.asarray(), _tiff_pixel_size(file), None, {"format": "TIFF"})
+        array = series.asarray()
+        if series.axes.endswith("S") and array.shape[-1] in (3, 4):  # samples of a colour, the fourth of opacity
+            array = _grey(array, path.name)
+        return Picture(array, _tiff_pixel_size(file), None, {"format": "TIFF"})
 
 
 def _tiff_pixel_size(file: Any) -> float | None:
@@ -232,7 +255,7 @@ def _choose_signal(signals: list[dict[str, Any]], path: Path, key: str | None, r
     if math.prod(data.shape) * data.dtype.itemsize > SIZE_LIMIT_BYTES:
         raise BadInput(f"{path.name}: an image of shape {data.shape}", f"the limit is {SIZE_LIMIT_BYTES} bytes")
     scales = [_scale_nm(axis) for axis, length in zip(_axes(signal), data.shape, strict=False) if length > 1]
-    pixel = _square(*scales) if len(scales) == 2 else None
+    pixel = _square(*scales[-2:]) if len(scales) in (2, 3) else None  # of three, the first counts the frames
     return Picture(np.asarray(data), pixel, None, {"format": reader, "title": titles[hits[0]]})
 
 

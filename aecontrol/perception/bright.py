@@ -117,6 +117,8 @@ class BrightAtomFinder:
             sigma_y=sigma_nm / pixel_size_nm[1],
             intensity=fit.amplitude[rows, cols] * spot,
             sigma_intensity=error[rows, cols] * spot,
+            disagreement=np.zeros(len(rows)),
+            spread_nm=np.zeros(len(rows)),
             background=float(np.median(data)),
             blur_nm=SPOT_NM if len(rows) else None,
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from . import refine, sampling
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from .windows import Progress
 
 Floats = NDArray[np.float64]
 
@@ -49,6 +51,10 @@ class Found:
     """[n] background-subtracted integral of the fitted Gaussian: image units summed over pixels."""
     sigma_intensity: Floats
     """[n] standard error of ``intensity``."""
+    disagreement: Floats
+    """[n] mutual information of the ensemble about the atom's existence, nat: 0 where the networks agree."""
+    spread_nm: Floats
+    """[n] root mean square distance of the networks' own positions from their mean, nm."""
     background: float
     """Mean fitted background per pixel, image units."""
     blur_nm: float | None
@@ -93,22 +99,32 @@ class AtomFinder:
                 f"{self._source}: not the weights of this network: {error}", "run `aecontrol train atoms`"
             ) from error
 
-    def find(self, image: NDArray[np.generic], pixel_size_nm: tuple[float, float], threshold: float = 0.5) -> Found:
+    def find(
+        self,
+        image: NDArray[np.generic],
+        pixel_size_nm: tuple[float, float],
+        threshold: float = 0.5,
+        refined: bool = True,
+        progress: Progress | None = None,
+    ) -> Found:
         """Atoms of ``image`` [rows, cols], pixels ``pixel_size_nm`` (x, y), with at least ``threshold`` confidence.
 
-        Deterministic; does not depend on the image's gain and offset. Raises BadInput for an image that is not 2-D,
-        not finite, too coarse (0.13 nm) or too small (0.24 nm).
+        Not ``refined``: positions are the network's own, and intensities and all standard errors NaN. ``progress`` is
+        told of the windows that the network has read. Deterministic; does not depend on the image's gain and offset.
+        Raises BadInput for an image that is not 2-D, not finite, too coarse (0.13 nm) or too small (0.24 nm).
         """
         resampled = sampling.resample(image, pixel_size_nm)
-        heat = self._heat(resampled)
+        heats = self._heats(resampled, progress)
         scale_y, scale_x = resampled.scale
         pixel_yx = (pixel_size_nm[1] * scale_y, pixel_size_nm[0] * scale_x)
-        rows, cols, confidence = decode(heat, pixel_yx, threshold)
+        peaks = decode(heats, pixel_yx, threshold)
+        if not refined:
+            return _unrefined(peaks, resampled)
         bin_y, bin_x = resampled.bins
         fit = refine.refine(
             resampled.binned,
-            cols * scale_x / bin_x,
-            rows * scale_y / bin_y,
+            peaks.cols * scale_x / bin_x,
+            peaks.rows * scale_y / bin_y,
             (pixel_size_nm[0] * bin_x, pixel_size_nm[1] * bin_y),
         )
         # an atom outside the frame may shine into it and help the fit, but is not in the image
@@ -117,29 +133,67 @@ class AtomFinder:
         return Found(
             x_px=fit.x[inside] * bin_x,
             y_px=fit.y[inside] * bin_y,
-            confidence=confidence[inside],
+            confidence=peaks.confidence[inside],
             sigma_x=fit.sigma_x[inside] * bin_x,
             sigma_y=fit.sigma_y[inside] * bin_y,
             intensity=fit.intensity[inside],
             sigma_intensity=fit.sigma_intensity[inside],
+            disagreement=peaks.disagreement[inside],
+            spread_nm=peaks.spread_nm[inside],
             background=fit.background / (bin_x * bin_y),
             blur_nm=fit.blur_nm,
         )
 
-    def _heat(self, resampled: sampling.Resampled) -> NDArray[np.float32]:
-        import torch
+    def _heats(self, resampled: sampling.Resampled, progress: Progress | None) -> NDArray[np.float32]:
+        from . import windows
 
-        from . import nets
+        maps = []
+        for k, net in enumerate(self._members):
+            step = _share(progress, k, len(self._members))
+            maps.append(windows.heat(cast(windows.Net, net), resampled.image, self._device, progress=step)[0])
+        return np.stack(maps)
 
-        image = torch.from_numpy(resampled.image).to(self._device)
-        maps = [nets.probability(net, image)[0].cpu().numpy() for net in self._members]
-        return np.asarray(np.mean(maps, axis=0))
+
+def _share(progress: Progress | None, k: int, members: int) -> Progress | None:
+    """Progress of member ``k`` as that of all."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(k * total + done, members * total)
 
 
-def decode(
-    heat: NDArray[np.float32], pixel_yx_nm: tuple[float, float], threshold: float
-) -> tuple[Floats, Floats, Floats]:
-    """Rows, columns (fractional, pixel centres at +1/2) and confidence of the peaks of a heat map, brightest first.
+def _unrefined(peaks: Peaks, resampled: sampling.Resampled) -> Found:
+    """What the network alone says."""
+    unknown = np.full(len(peaks.rows), np.nan)
+    background = float(np.median(resampled.binned)) / (resampled.bins[0] * resampled.bins[1])
+    scale_y, scale_x = resampled.scale
+    return Found(
+        x_px=peaks.cols * scale_x,
+        y_px=peaks.rows * scale_y,
+        confidence=peaks.confidence,
+        sigma_x=unknown,
+        sigma_y=unknown,
+        intensity=unknown,
+        sigma_intensity=unknown,
+        disagreement=peaks.disagreement,
+        spread_nm=peaks.spread_nm,
+        background=background,
+        blur_nm=None,
+    )
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Peaks of the members' heat maps, n of them, brightest first; pixel centres at +1/2. See :class:`Found`."""
+
+    rows: Floats
+    cols: Floats
+    confidence: Floats
+    disagreement: Floats
+    spread_nm: Floats
+
+
+def decode(heats: NDArray[np.float32], pixel_yx_nm: tuple[float, float], threshold: float) -> Peaks:
+    """Peaks of the mean of heat maps [members, h, w] with at least ``threshold`` confidence.
 
     A peak is the largest value of the slightly smoothed heat within ``GATHER_NM``/2. Its confidence is the heat within
     ``GATHER_NM`` over what one certain atom puts there: because the network regresses the heat, that is the expected
@@ -151,13 +205,11 @@ def decode(
     dy, dx = np.mgrid[-reach[0] : reach[0] + 1, -reach[1] : reach[1] + 1]
     distance = np.hypot(dy * pixel_yx_nm[0], dx * pixel_yx_nm[1])
     disc = (distance <= GATHER_NM).astype(np.float32)
-    certain = (np.exp(-0.5 * (distance / HEAT_SIGMA_NM) ** 2) * disc).sum()
+    bell = np.exp(-0.5 * (distance / HEAT_SIGMA_NM) ** 2) * disc
+    certain = bell.sum()
+    heat = heats.mean(0)
     # an atom on the rim has only part of its disc inside: compare with the part of a certain atom that is inside
-    inside = convolve(
-        np.ones_like(heat),
-        (np.exp(-0.5 * (distance / HEAT_SIGMA_NM) ** 2) * disc / certain).astype(np.float32),
-        mode="constant",
-    )
+    inside = convolve(np.ones_like(heat), (bell / certain).astype(np.float32), mode="constant")
     score = convolve(heat, disc / certain, mode="constant") / inside
     smooth = gaussian_filter(heat, [0.02 / p for p in pixel_yx_nm], mode="constant")
     near = (distance <= 0.5 * GATHER_NM) | (np.maximum(abs(dy), abs(dx)) <= 1)
@@ -165,13 +217,38 @@ def decode(
     rows, cols = np.nonzero(peaks)
     order = np.argsort(-smooth[rows, cols], kind="stable")
     rows, cols = rows[order], cols[order]
-    confidence = np.clip(score[rows, cols], 0.0, 1.0).astype(np.float64)
-    padded = np.pad(heat.astype(np.float64), ((reach[0],) * 2, (reach[1],) * 2))
-    window = padded[(rows + reach[0])[:, None, None] + dy, (cols + reach[1])[:, None, None] + dx] * disc
-    mass = window.sum((1, 2)) + 1e-12
-    y, x = rows + 0.5 + (window * dy).sum((1, 2)) / mass, cols + 0.5 + (window * dx).sum((1, 2)) / mass
-    single = _without_doubles(np.stack([y, x], 1) * pixel_yx_nm)
-    return y[single], x[single], confidence[single]
+    padded = np.pad(heats.astype(np.float64), ((0, 0), (reach[0],) * 2, (reach[1],) * 2))
+    windows = padded[:, (rows + reach[0])[:, None, None] + dy, (cols + reach[1])[:, None, None] + dx] * disc
+    mass = windows.sum((2, 3))
+    moments = np.stack([(windows * dy).sum((2, 3)), (windows * dx).sum((2, 3))], -1)  # [members, n, 2]
+    at = np.stack([rows, cols], 1) + 0.5 + moments.sum(0) / (mass.sum(0)[:, None] + 1e-12)
+    single = _without_doubles(at * pixel_yx_nm)
+    part = mass / (certain * inside[rows, cols])
+    return Peaks(
+        rows=at[single, 0],
+        cols=at[single, 1],
+        confidence=np.clip(score[rows, cols], 0.0, 1.0).astype(np.float64)[single],
+        disagreement=_mutual_information(np.clip(part, 0.0, 1.0))[single],
+        spread_nm=_spread(moments / (mass[..., None] + 1e-12) * pixel_yx_nm, mass)[single],
+    )
+
+
+def _mutual_information(p: Floats) -> Floats:
+    """Entropy of the members' mean less the mean of their entropies, nat: [members, n] -> [n] (A. Malinin and M. Gales,
+    NeurIPS 2018)."""
+
+    def entropy(q: Floats) -> Floats:
+        q = np.clip(q, 1e-9, 1 - 1e-9)
+        return np.asarray(-q * np.log(q) - (1 - q) * np.log1p(-q))
+
+    return np.asarray(np.maximum(entropy(p.mean(0)) - entropy(p).mean(0), 0.0))
+
+
+def _spread(at_nm: Floats, mass: Floats) -> Floats:
+    """Root mean square distance of the members' positions [members, n, 2] from their mean, weighted by ``mass``."""
+    weight = mass / (mass.sum(0) + 1e-12)
+    centre = (weight[..., None] * at_nm).sum(0)
+    return np.asarray(np.sqrt((weight * ((at_nm - centre) ** 2).sum(-1)).sum(0)))
 
 
 def _without_doubles(at_nm: Floats) -> NDArray[np.bool_]:

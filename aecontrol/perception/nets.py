@@ -144,15 +144,6 @@ def for_inference(net: nn.Module) -> nn.Module:
     return net.requires_grad_(False)
 
 
-def probability(net: nn.Module, image: Tensor) -> Tensor:
-    """[h, w] normalised image -> [outputs, h, w] in [0, 1]; zero-padded (the local mean) to the network's multiple."""
-    h, w = image.shape
-    multiple = int(net.multiple)  # type: ignore[arg-type]
-    padded = functional.pad(image[None, None], (0, -w % multiple, 0, -h % multiple))
-    with torch.inference_mode():
-        return torch.sigmoid(net(padded))[0, :, :h, :w]
-
-
 def save(members: Sequence[nn.Module], kind: NetworkKind, size: int, outputs: Sequence[str]) -> bytes:
     """An ensemble of like networks as safetensors; ``outputs`` names the channels."""
     from safetensors.torch import save as save_tensors

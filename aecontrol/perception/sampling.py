@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,7 @@ def resample(image: NDArray[np.generic], pixel_size_nm: tuple[float, float]) -> 
     Fine pixels are summed by whole numbers, so that counts stay counts; a last incomplete bin is dropped. Raises
     BadInput for images that are not 2-D, not finite, too coarse or too small.
     """
-    data = np.asarray(image, dtype=np.float64)
+    data = np.asarray(image)
     if data.ndim != 2 or not np.isfinite(data).all():
         raise BadInput(f"the image has shape {data.shape} or holds NaN or infinity", "give one finite 2-D channel")
     size = (pixel_size_nm[1], pixel_size_nm[0])
@@ -52,8 +53,8 @@ def resample(image: NDArray[np.generic], pixel_size_nm: tuple[float, float]) -> 
             f"pixel size {pixel_size_nm} nm; atoms are found on pixels up to {COARSEST_NM} nm", "scan with finer pixels"
         )
     bins = (max(1, round(NET_PIXEL_NM / size[0])), max(1, round(NET_PIXEL_NM / size[1])))
-    rows, cols = data.shape[0] // bins[0], data.shape[1] // bins[1]
-    binned = data[: rows * bins[0], : cols * bins[1]].reshape(rows, bins[0], cols, bins[1]).sum((1, 3))
+    binned = bin_sum(data, bins)
+    rows, cols = binned.shape
     coarse = (size[0] * bins[0], size[1] * bins[1])
     finest = min(coarse)
     # one axis much coarser than the other is brought to the finer one: the network knows square pixels only
@@ -76,7 +77,14 @@ def resample(image: NDArray[np.generic], pixel_size_nm: tuple[float, float]) -> 
     return Resampled(binned, bins, normalise(fine, (size[0] * scale[0], size[1] * scale[1])), scale)
 
 
-def normalise(image: NDArray[np.float64], pixel_yx_nm: tuple[float, float]) -> NDArray[np.float32]:
+def bin_sum(image: NDArray[np.generic], bins: tuple[int, int]) -> NDArray[np.float64]:
+    """Sums over ``bins`` (rows, columns) pixels; a last incomplete bin is dropped."""
+    rows, cols = image.shape[0] // bins[0], image.shape[1] // bins[1]
+    whole = image[: rows * bins[0], : cols * bins[1]].reshape(rows, bins[0], cols, bins[1])
+    return np.asarray(whole.sum((1, 3), dtype=np.float64))
+
+
+def normalise(image: NDArray[np.floating[Any]], pixel_yx_nm: tuple[float, float]) -> NDArray[np.float32]:
     """``image`` minus its local mean, over its local spread; unchanged by gain and offset, zero for a constant image.
 
     A tenth of the global variance is added to the local one, so that the noise of an empty area is not blown up to
@@ -85,12 +93,18 @@ def normalise(image: NDArray[np.float64], pixel_yx_nm: tuple[float, float]) -> N
     from scipy.ndimage import uniform_filter
 
     width = [max(3, round(NORMALISE_NM / p)) for p in pixel_yx_nm]
+    # a large frame's copies fill the memory: they are single precision, which is enough once the mean is taken off
+    deviation = (image - image.mean(dtype=np.float64)).astype(np.float32)
+    scratch = np.empty_like(deviation)
 
-    def smooth(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.asarray(uniform_filter(uniform_filter(x, width), width))
+    def smooth(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        uniform_filter(x, width, output=scratch)  # its running sums are in double precision
+        return np.asarray(uniform_filter(scratch, width))
 
-    deviation = image - smooth(image)
+    deviation -= smooth(deviation)
     variance = smooth(deviation**2)
-    spread = np.sqrt(np.maximum(variance, 0) + 0.1 * variance.mean())
-    normalised = np.divide(deviation, spread, out=np.zeros_like(deviation), where=spread > 1e-9 * np.abs(image).max())
-    return np.asarray(np.clip(normalised, -CLIP, CLIP), dtype=np.float32)
+    np.maximum(variance, 0, out=variance)
+    spread = np.sqrt(variance + 0.1 * variance.mean(), out=variance)
+    known = spread > 1e-9 * max(abs(float(image.max())), abs(float(image.min())))
+    normalised = np.divide(deviation, spread, out=np.zeros_like(deviation), where=known)
+    return np.asarray(np.clip(normalised, -CLIP, CLIP, out=normalised))

@@ -90,15 +90,15 @@ def test_heat_of_a_scene_decodes_to_its_atoms(scenes):
         _, heat, _ = crop(scene, whole, side, np.random.default_rng(0), own_statistics=False)
         heat = heat[: whole.image.shape[0], : whole.image.shape[1]]
         pixel = (scene.pixel_size_nm[1] * whole.scale[0], scene.pixel_size_nm[0] * whole.scale[1])
-        rows, cols, confidence = decode(heat, pixel, 0.5)
+        peaks = decode(heat[None], pixel, 0.5)
         size = np.array(whole.image.shape[::-1]) * pixel[::-1]
-        found = np.stack([cols, rows], 1) * pixel[::-1]
+        found = np.stack([peaks.cols, peaks.rows], 1) * pixel[::-1]
         hits, judged, there, squares = match(found, scene.positions_px * scene.pixel_size_nm, size, 0.05, scene.wanted)
         assert hits == judged
         assert hits >= 0.98 * there  # disorder pushes a few pairs into one
         assert squares <= hits * 0.015**2
         inner = ((found > 0.1) & (found < size - 0.1)).all(1)  # on the rim, atoms outside leave a part of their heat
-        assert (confidence[inner] > 0.9).all()
+        assert (peaks.confidence[inner] > 0.9).all()
 
 
 class _PowerCutError(Exception):
