@@ -81,13 +81,12 @@ def _near_box(result: dict[str, Any], width: float, height: float) -> Box:
     side = min(NEAR_SPACINGS * spacing["median"] if spacing else np.inf, max(width, height) / 2)
     w, h = min(side, width), min(side, height)
     marks = _places(result["vacancies"] or result["atoms"])
-    middle = np.array([width, height]) / 2
-    at = middle
+    at = middle = np.array([width, height]) / 2
     if len(marks):
-        cells, count = np.unique((marks // [w, h]).astype(int), axis=0, return_counts=True)
-        centres = (cells + 0.5) * [w, h]
-        distance = np.hypot(*(centres - middle).T)
-        at = centres[np.lexsort((distance, -np.round(count / count.max(), 1)))[0]]
+        cells, cell, count = np.unique(marks // [w, h], axis=0, return_inverse=True, return_counts=True)
+        distance = np.hypot(*((cells + 0.5) * [w, h] - middle).T)
+        best = np.lexsort((distance, -np.round(count / count.max(), 1)))[0]
+        at = marks[cell.ravel() == best].mean(0)
     x, y = np.clip(at, (w / 2, h / 2), (width - w / 2, height - h / 2))
     return x - w / 2, x + w / 2, y + h / 2, y - h / 2
 
@@ -126,7 +125,7 @@ def _mark(ax: Axes, result: dict[str, Any], colours: dict[str, str], box: Box, s
             ax.scatter(x, y, s=float(np.clip(0.3 * step, 0.7, 4.0)) ** 2, color=colour, linewidths=0)
     x, y = _inside(result["vacancies"], box)
     if len(x):
-        size = float(np.clip(0.8 * step, 4.0, 24.0)) ** 2
+        size = float(np.clip(0.8 * step, 4.0, 16.0)) ** 2
         ax.scatter(x, y, s=size, facecolors="none", edgecolors=MISSING, linewidths=1.3, label=f"missing ({len(x)})")
 
 
