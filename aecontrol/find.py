@@ -61,7 +61,9 @@ def find(path: Path, request: Request, out: Path | None, device: str, progress: 
 
     picture = read_image(path, request.channel, request.frame)
     scale = _scale(picture, request.pixel_size_nm, path.name)
-    folder = _folder(out or Path(_name(path, request)))
+    folder = out or Path(_name(path, request))
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{str(folder)!r} is a file", "give another --out")
     started = time.perf_counter()
     image, result = find_atoms(_plain(picture.array, path.name), scale, request, device, progress)
     result["seconds"] = round(time.perf_counter() - started, 4)
@@ -71,6 +73,7 @@ def find(path: Path, request: Request, out: Path | None, device: str, progress: 
         "overlay.png": draw_overlay(path.name, image, result),
     }
     result["files"] = {name: str(folder / name) for name in (*written, "atoms.json")}
+    _make(folder)
     for name, data in written.items():
         write_durable(folder / name, data)
     write_durable(folder / "atoms.json", (json.dumps(result, indent=1) + "\n").encode())
@@ -145,12 +148,11 @@ def _name(path: Path, request: Request) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in "_".join(part for part in parts if part))
 
 
-def _folder(path: Path) -> Path:
+def _make(folder: Path) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"the folder {str(path)!r} cannot be made: {error}", "give another --out") from error
-    return path
+        raise BadInput(f"the folder {str(folder)!r} cannot be made: {error}", "give another --out") from error
 
 
 def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str], unit: str) -> bytes:

@@ -19,7 +19,7 @@ Box = tuple[float, float, float, float]
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#0072B2")
 """Okabe and Ito's palette without its red, which marks what is missing."""
-MISSING, SUSPICIOUS = "#FF4B3E", "#FFFFFF"
+MISSING, SUSPICIOUS, PAPER = "#FF4B3E", "#FFFFFF", "#303030"
 WHOLE_PX = 1100
 """Pixels a side to which a large image is averaged."""
 NEAR_SPACINGS = 14.0
@@ -62,8 +62,9 @@ def _figure(title: str, image: NDArray[np.generic], result: dict[str, Any]) -> F
     missing = len(result["vacancies"])
     whole.set_title(f"{title}: {len(result['atoms'])} atoms" + (f", {missing} missing" if missing else ""))
     near.set_title("the framed part")
-    if near.get_legend_handles_labels()[0]:
-        near.legend(loc="upper right", handletextpad=0.2)
+    for ax in (whole, near):
+        if ax.get_legend_handles_labels()[0]:  # below the image, where it hides no atom
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, facecolor=PAPER, labelcolor="white")
     return figure
 
 
@@ -77,16 +78,15 @@ def _step(result: dict[str, Any], box: Box, size_in: tuple[float, float]) -> flo
 def _near_box(result: dict[str, Any], width: float, height: float) -> Box:
     """The part shown near: where most is missing, else where most atoms are, the middle deciding between equals."""
     spacing = result["quality"]["spacing"]
-    side = NEAR_SPACINGS * spacing["median"] if spacing else max(width, height) / 4
+    side = min(NEAR_SPACINGS * spacing["median"] if spacing else np.inf, max(width, height) / 2)
     w, h = min(side, width), min(side, height)
     marks = _places(result["vacancies"] or result["atoms"])
-    middle = np.array([width, height]) / 2
-    at = middle
+    at = middle = np.array([width, height]) / 2
     if len(marks):
-        cells, count = np.unique((marks // [w, h]).astype(int), axis=0, return_counts=True)
-        centres = (cells + 0.5) * [w, h]
-        distance = np.hypot(*(centres - middle).T)
-        at = centres[np.lexsort((distance, -np.round(count / count.max(), 1)))[0]]
+        cells, cell, count = np.unique(marks // [w, h], axis=0, return_inverse=True, return_counts=True)
+        distance = np.hypot(*((cells + 0.5) * [w, h] - middle).T)
+        best = np.lexsort((distance, -np.round(count / count.max(), 1)))[0]
+        at = marks[cell.ravel() == best].mean(0)
     x, y = np.clip(at, (w / 2, h / 2), (width - w / 2, height - h / 2))
     return x - w / 2, x + w / 2, y + h / 2, y - h / 2
 
@@ -101,13 +101,10 @@ def _show(ax: Axes, pixels: Floats, box: Box, unit: str) -> None:
     low, high = grey_limits(pixels)
     ax.imshow(pixels, cmap="gray", vmin=low, vmax=high, extent=box, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
-    dimension: dict[str, Any] = {"dimension": "pixel-length"} if unit == "px" else {}
-    ax.add_artist(
-        ScaleBar(
-            1.0, unit, location="lower left", color="white", box_color="black", box_alpha=0.6, width_fraction=0.01,
-            **dimension,
-        )
-    )  # fmt: skip
+    kind: dict[str, Any] = {"dimension": "pixel-length"} if unit == "px" else {}
+    bar = ScaleBar(1.0, unit, location="lower left", color="white", box_color="black", box_alpha=0.6, **kind)
+    bar.set_zorder(0.9)  # under the marks, it hides none of them
+    ax.add_artist(bar)
 
 
 def _mark(ax: Axes, result: dict[str, Any], colours: dict[str, str], box: Box, step: float, near: bool) -> None:
@@ -128,7 +125,7 @@ def _mark(ax: Axes, result: dict[str, Any], colours: dict[str, str], box: Box, s
             ax.scatter(x, y, s=float(np.clip(0.3 * step, 0.7, 4.0)) ** 2, color=colour, linewidths=0)
     x, y = _inside(result["vacancies"], box)
     if len(x):
-        size = float(np.clip(0.8 * step, 4.0, 24.0)) ** 2
+        size = float(np.clip(0.8 * step, 4.0, 16.0)) ** 2
         ax.scatter(x, y, s=size, facecolors="none", edgecolors=MISSING, linewidths=1.3, label=f"missing ({len(x)})")
 
 
@@ -146,7 +143,5 @@ def _frames(ax: Axes, result: dict[str, Any], box: Box) -> None:
     ax.add_patch(Rectangle(near[:2], *near[2:], fill=False, edgecolor="white", linewidth=1.5))
     for number, area in enumerate(result["quality"]["areas"]):
         dotted: dict[str, Any] = {"fill": False, "edgecolor": SUSPICIOUS, "linewidth": 1.0, "linestyle": ":"}
-        label = None if number else "suspicious: see the quality in atoms.json"
+        label = None if number else "suspicious (why: atoms.json)"
         ax.add_patch(Rectangle((area["x"], area["y"]), area["width"], area["height"], label=label, **dotted))
-    if result["quality"]["areas"]:
-        ax.legend(loc="upper right", labelcolor="white", facecolor="black")

@@ -21,8 +21,8 @@ TILE_NM = 0.5
 SUSPICIOUS = 4.0
 """Residual variance of a tile over what tiles of its brightness usually have. Noise alone stays below 1.6 in 256
 pixels."""
-SMOOTH_NM = 0.9
-"""What varies over more than this is background."""
+SMOOTH_NM = 0.45
+"""Width of the box that is applied twice: what varies over more than about this is background."""
 RIM_NM = 0.15
 """Columns just outside the frame shine this far into it, and are not in the table."""
 CLIPPED_PX = 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -155,6 +156,19 @@ def test_a_misfit_and_a_saturated_part_are_pointed_at(find, tmp_path):
     assert clean == []
 
 
+def test_help_imports_nothing_heavy():
+    probe = (
+        "import sys, aecontrol.cli as c\n"
+        "sys.argv = ['aecontrol', *sys.argv[1:]]\n"
+        "try:\n    c.main()\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
+        "heavy = {'torch', 'ase', 'matplotlib', 'scipy', 'skimage', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe, "find", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--no-refine" in done.stdout
+
+
 # ---------------------------------------------------------------- bad input
 
 BAD = {
@@ -186,6 +200,7 @@ def test_what_is_no_image_is_refused_with_a_reason(find, frame, tmp_path, name):
     assert code == 2
     assert re.search(says, said)
     assert "mend:" in said
+    assert not (tmp_path / "bad_find").exists()
 
 
 @pytest.mark.parametrize(
@@ -203,7 +218,8 @@ def test_what_is_no_image_is_refused_with_a_reason(find, frame, tmp_path, name):
         ("image", "a.npy", ("--pixel-size-nm", "0.02", "--frame", "4"), "no frame 4"),
         ("image", "a.npy", ("--pixel-size-nm", "0.02", "--channel", "BF"), "one image"),
         ("image", "a.npy", ("--pixel-size-nm", "0.02", "--weights", "none"), "cannot be read"),
-        ("image", "a.npy", ("--pixel-size-nm", "0.02", "--out", "a.npy"), "cannot be made"),
+        ("image", "a.npy", ("--pixel-size-nm", "0.02", "--out", "a.npy"), "is a file"),
+        ("image", "a.npy", ("--pixel-size-nm", "0.02", "--no-refine", "--out", "a.npy/b"), "cannot be made"),
         ("image", "a.npy", ("--pixel-size-nm", "0.02", "--device", "abacus"), "abacus"),
     ],
 )

@@ -87,7 +87,8 @@ def test_windowed_equals_whole_for_the_shipped_network(net, shape):
 
 
 def test_the_network_sees_as_far_as_it_says(net):
-    """What a pixel changes ends at the stated reach, whatever its place on the coarser grids."""
+    """What a pixel changes ends at the stated reach, whatever its place on the coarser grids, and not much before, for
+    a reach too wide costs time."""
     image = torch.randn(1, 1, 160, 160, generator=torch.Generator().manual_seed(0))
     furthest = 0
     with torch.inference_mode():
@@ -98,7 +99,7 @@ def test_the_network_sees_as_far_as_it_says(net):
                 changed[0, 0, row, col] += 100.0
                 _, _, rows, cols = torch.nonzero(net(changed) != before, as_tuple=True)
                 furthest = max(furthest, int((rows - row).abs().max()), int((cols - col).abs().max()))
-    assert furthest == net.reach_px
+    assert 0.75 * net.reach_px <= furthest <= net.reach_px
 
 
 def test_no_seam_is_left_where_windows_disagree():
