@@ -131,13 +131,18 @@ class Spots:
 
 
 def draw_spots(
-    xy_nm: Array, shape: tuple[int, int], pixel_size_nm: tuple[float, float], sigma_nm: float, tail: float
+    xy_nm: Array,
+    shape: tuple[int, int],
+    pixel_size_nm: tuple[float, float],
+    sigma_nm: float,
+    tail: float,
+    reach_nm: float = _REACH_NM,
 ) -> Spots:
-    """Spots (core and tail Gaussian, sampled at pixel centres) around every position [n, 2] nm."""
+    """Spots (core and tail Gaussian, sampled at pixel centres within ``reach_nm``) around every position [n, 2] nm."""
     offsets: list[NDArray[np.int64]] = []
     axes: list[list[Array]] = []
     for axis, (size, count) in enumerate(zip(pixel_size_nm, (shape[1], shape[0]), strict=True)):
-        half = math.ceil(_REACH_NM / size)
+        half = math.ceil(reach_nm / size)
         pixel = np.floor(xy_nm[:, axis] / size).astype(np.int64)[:, None] + np.arange(-half, half + 1)
         distance = (pixel + 0.5) * size - xy_nm[:, axis, None]
         inside = (pixel >= 0) & (pixel < count)

@@ -1,0 +1,309 @@
+"""How full every site of a crystal is, from the image: amplitudes of all columns at once, and what levels they take.
+
+Each class of sites has a level of its own, a share of empty sites and a share of about half-filled ones; levels,
+shares and spread follow from the image itself. A site's posterior weighs the Poisson likelihood of its own pixels, its
+neighbours as they most probably are. Lengths are in the unit of the pixel sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .columns import Spots, draw_spots
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+_REACH = 4.0
+"""Half width of a spot's window in standard deviations of its core."""
+_KNOTS = 4.0
+"""Spacing of the background's knots in column spacings' multiples of three: wide enough not to imitate a column."""
+_SOLVER_STEPS = 12
+_ROUNDS = 5
+_HALF = (0.5, 0.05)
+"""Level of a half-filled column over that of a full one: 0.41 to 0.55 for one S of two in multislice calculations."""
+_EMPTY = (0.0, 0.03)
+_SHARES = np.array([1.0, 1.0, 8.0])
+"""Prior observations of empty, half-filled and full sites."""
+_LOCAL = 4.0
+"""Sites' worth of the class's mean share in the local one."""
+
+
+@dataclass(frozen=True)
+class Occupation:
+    """n sites: ``probability`` [n, 3] of empty, partly filled and full (certainly full where not judged),
+    ``amplitude`` and ``sigma`` [n] image units summed over pixels, ``level`` [n] the amplitude if full."""
+
+    probability: Floats
+    amplitude: Floats
+    sigma: Floats
+    level: Floats
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """The image as counts, with what is fixed: spots, background, and the class of every site (-1: of its own)."""
+
+    counts: Floats
+    spots: Spots
+    background: Floats
+    kind: Ints
+    judged: Bools
+    near: dict[int, tuple[Ints, Floats]]
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """Of one class: the three levels over the full one, their common spread, and the shares."""
+
+    level: Floats
+    spread: float
+    share: Floats
+
+
+class AmplitudeFit:
+    """Amplitudes of spots at ``xy`` [n, 2], with their common shape and a smooth background, from ``image``."""
+
+    def __init__(self, image: Floats, pixel: tuple[float, float], xy: Floats, blur: float, spacing: float) -> None:
+        """``blur``: a first standard deviation; ``spacing``: shortest distance of two columns."""
+        self.pixel, self.xy, self.blur, self.tail = pixel, xy, blur, 0.1
+        self.shape = (image.shape[0], image.shape[1])
+        self._hats = [_hats(n, p, _KNOTS * spacing) for n, p in zip(self.shape, pixel[::-1], strict=True)]
+        self.gain, self.base = 1.0, 0.0
+        self.amplitude = np.zeros(len(xy))
+        self.background = np.full(self.shape, float(np.quantile(image, 0.05)))
+        weight = np.ones(self.shape)
+        for _ in range(2):
+            self._draw()
+            self._solve(image, weight)
+            self._reshape(image, weight)
+            weight = self._weigh(image)
+        self._draw()
+        self._solve(image, weight)
+        self._weigh(image)
+
+    def _draw(self) -> None:
+        self.spots = draw_spots(self.xy, self.shape, self.pixel, self.blur, self.tail, _REACH * self.blur)
+
+    def _solve(self, image: Floats, weight: Floats) -> None:
+        """Amplitudes and background by weighted least squares (preconditioned conjugate gradients from the present)."""
+        spots, (hat_y, hat_x), n = self.spots, self._hats, len(self.xy)
+        knots = (hat_y.shape[1], hat_x.shape[1])
+
+        def forward(v: Floats) -> Floats:
+            return np.asarray(spots.draw(v[:n]) + hat_y @ v[n:].reshape(knots) @ hat_x.T)
+
+        def backward(values: Floats) -> Floats:
+            own = np.einsum("np,np->n", spots.share, spots.gather(values))
+            return np.concatenate([own, (hat_y.T @ values @ hat_x).ravel()])
+
+        scale = np.concatenate(
+            [
+                np.einsum("np,np,np->n", spots.share, spots.share, spots.gather(weight)),
+                (hat_y.T**2 @ weight @ hat_x**2).ravel(),
+            ]
+        )
+        # Sites off the frame have no pixels; their amplitude stays 0.
+        inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 1e-6 * np.median(scale))
+        residual = backward(weight * (image - spots.draw(self.amplitude) - self.background))
+        v = np.zeros_like(scale)
+        p = z = inverse * residual
+        rz = float(residual @ z)
+        end = 1e-5 * rz
+        for _ in range(_SOLVER_STEPS):
+            if rz <= end or rz <= 0:
+                break
+            q = backward(weight * forward(p))
+            alpha = rz / float(p @ q)
+            v, residual = v + alpha * p, residual - alpha * q
+            z = inverse * residual
+            rz, before = float(residual @ z), rz
+            p = z + rz / before * p
+        self.amplitude = self.amplitude + v[:n]
+        self.background = self.background + hat_y @ v[n:].reshape(knots) @ hat_x.T
+
+    def _reshape(self, image: Floats, weight: Floats) -> None:
+        """One Gauss-Newton step of the spot's width and tail, scale and offset free.
+
+        A Gaussian widens as heat spreads, dG/d ln s = s^2 laplace G, and one twice as wide is G blurred by sqrt(3) s.
+        """
+        from scipy.ndimage import gaussian_filter, laplace
+
+        at = np.array([self.blur / p for p in self.pixel[::-1]])
+        core = self.spots.draw(self.amplitude)
+        curved = self.blur**2 * sum(
+            np.gradient(np.gradient(core, p, axis=a), p, axis=a) for a, p in enumerate(self.pixel[::-1])
+        )
+        del laplace
+        wide = gaussian_filter(core, math.sqrt(3) * at, mode="constant", truncate=3.0) - core
+        terms = np.stack([curved, wide, core, np.ones_like(core)]).reshape(4, -1)
+        residual = (image - core - self.background).ravel()
+        weighted = terms * weight.ravel()
+        step = np.linalg.lstsq(weighted @ terms.T, weighted @ residual, rcond=None)[0]
+        self.blur *= math.exp(float(np.clip(step[0], -0.3, 0.3)))
+        self.tail = float(np.clip(self.tail + step[1], 0.0, 0.4))
+
+    def _weigh(self, image: Floats) -> Floats:
+        """One over the variance of every pixel, v0 + gain model, both constants from the residuals."""
+        from scipy.optimize import nnls
+
+        model = self.spots.draw(self.amplitude) + self.background
+        order = np.argsort(model, axis=None)
+        groups = np.array_split(order, 16)
+        square = ((image - model) ** 2).ravel()
+        level = np.array([model.ravel()[g].mean() for g in groups])
+        variance = np.array([square[g].mean() for g in groups])
+        low, span, unit = level.min(), np.ptp(level) + 1e-300, variance.max() + 1e-300
+        relative = 1 / np.maximum(variance / unit, 1e-3)
+        terms = np.stack([np.ones_like(level), (level - low) / span], 1) * relative[:, None]
+        v0, slope = nnls(terms, variance / unit * relative)[0]
+        self.gain = unit * max(slope, 1e-3 * v0 + 1e-12) / span
+        self.base = unit * v0 - self.gain * low
+        return np.asarray(1 / np.maximum(self.base + self.gain * model, 0.02 * unit))
+
+    def as_counts(self, image: Floats) -> tuple[Floats, Floats]:
+        """Image and background in units in which the variance equals the mean, as for counts."""
+        shift = self.base / self.gain**2
+        return image / self.gain + shift, self.background / self.gain + shift
+
+
+def _hats(length: int, pixel: float, spacing: float) -> Floats:
+    """[length, knots] linear interpolation weights along one axis."""
+    knots = max(2, round(length * pixel / spacing) + 1)
+    at = (np.arange(length) + 0.5) / length * (knots - 1)
+    return np.asarray(np.maximum(0.0, 1 - np.abs(at[:, None] - np.arange(knots))))
+
+
+def occupation(fit: AmplitudeFit, image: Floats, kind: Ints, judged: Bools) -> Occupation:
+    """Posteriors of the ``judged`` sites; ``kind`` [n] is their class, -1 for columns of no class."""
+    counts, background = fit.as_counts(image)
+    classes = [int(k) for k in np.unique(kind[judged])]
+    near = {k: _neighbours(fit.xy[judged & (kind == k)]) for k in classes}
+    scene = _Scene(counts, fit.spots, background, kind, judged, near)
+    amplitude = fit.amplitude / fit.gain
+    probability = np.tile([0.0, 0.0, 1.0], (len(kind), 1))
+    level = np.zeros(len(kind))
+    levels: dict[int, _Levels] = {}
+    for _ in range(_ROUNDS):
+        free, sigma = _conditional(scene, amplitude)
+        aim = free.copy()
+        for k in classes:
+            mine = judged & (kind == k)
+            level[mine] = _local_level(free[mine], sigma[mine], near[k])
+            a, s = free[mine] / level[mine], sigma[mine] / level[mine]
+            levels[k], p = _mixture(a, s, levels.get(k))
+            probability[mine] = _normalised(_log_gauss(a, s, levels[k]) + np.log(_local_shares(p, levels[k].share, near[k])))
+            aim[mine] = _expected(a, s, levels[k], probability[mine]) * level[mine]
+        amplitude = amplitude + 0.8 * (aim - amplitude)
+    for k in classes:
+        probability[judged & (kind == k)] = _by_counts(scene, amplitude, sigma, level, k, levels[k], probability)
+    return Occupation(probability, free * fit.gain, sigma * fit.gain, level * fit.gain)
+
+
+def _conditional(scene: _Scene, amplitude: Floats) -> tuple[Floats, Floats]:
+    """Amplitude and standard error of every column, all others as given."""
+    model = scene.spots.draw(amplitude) + scene.background
+    weight = 1 / np.maximum(model, 0.02 * float(model.mean()) + 1e-12)
+    square = np.einsum("np,np,np->n", scene.spots.share, scene.spots.share, scene.spots.gather(weight))
+    gradient = np.einsum("np,np->n", scene.spots.share, scene.spots.gather(weight * (scene.counts - model)))
+    known = square > 1e-6 * np.median(square)
+    step = np.divide(gradient, square, out=np.zeros_like(square), where=known)
+    return amplitude + step, 1 / np.sqrt(np.where(known, square, 1e-12))
+
+
+def _local_level(a: Floats, s: Floats, near: tuple[Ints, Floats]) -> Floats:
+    """Amplitude of a full column around every site of a class: its 70 % quantile, local as far as it varies by more
+    than noise would make it (thickness, layers), since a third of the sites may be empty."""
+    whole = float(np.quantile(a, 0.7))
+    whole = max(whole, 1e-6 * float(np.abs(a).max()) + 1e-300)
+    if near[0].shape[1] < 18:
+        return np.full(len(a), whole)
+    local = np.quantile(a[near[0]], 0.7, axis=1)
+    seen = float(np.mean((local - whole) ** 2))
+    scatter = 1.7 * float(np.median((a - np.median(a)) ** 2) / 0.455) / near[0].shape[1]
+    trust = max(0.0, 1 - 2 * scatter / max(seen, 1e-300))
+    return np.asarray(np.maximum(whole + trust * (local - whole), 0.05 * whole))
+
+
+def _log_gauss(a: Floats, s: Floats, of: _Levels) -> Floats:
+    variance = s[:, None] ** 2 + of.spread**2
+    return np.asarray(-0.5 * (a[:, None] - of.level) ** 2 / variance - 0.5 * np.log(variance))
+
+
+def _mixture(a: Floats, s: Floats, start: _Levels | None) -> tuple[_Levels, Floats]:
+    """Levels, spread and shares by maximum a posteriori EM, and the memberships [n, 3]."""
+    of = start or _Levels(np.array([0.0, _HALF[0], 1.0]), 0.05, np.array([0.03, 0.07, 0.9]))
+    p = np.zeros((len(a), 3))
+    for _ in range(40 if start is None else 8):
+        p = _normalised(_log_gauss(a, s, of) + np.log(of.share))
+        weight = p / (s[:, None] ** 2 + of.spread**2)
+        total, first = weight.sum(0), (weight * a[:, None]).sum(0)
+        full = float(first[2] + 1 / 0.2**2) / float(total[2] + 1 / 0.2**2)
+        half = float((first[1] / full + _HALF[0] / _HALF[1] ** 2) / (total[1] + 1 / _HALF[1] ** 2))
+        empty = float((first[0] / full) / (total[0] + 1 / _EMPTY[1] ** 2))
+        level = full * np.array([np.clip(empty, -0.1, 0.15), np.clip(half, 0.35, 0.65), 1.0])
+        core = p[:, 2] > 0.5
+        excess = np.sum(p[core, 2] * ((a[core] - full) ** 2 - s[core] ** 2)) / max(float(p[core, 2].sum()), 1.0)
+        share = (p.sum(0) + _SHARES) / (len(a) + _SHARES.sum())
+        before, of = of, _Levels(level, math.sqrt(max(excess, 0.02**2)), share)
+        if np.abs(before.level - of.level).max() + np.abs(before.share - of.share).max() < 1e-4:
+            break
+    return of, p
+
+
+def _expected(a: Floats, s: Floats, of: _Levels, p: Floats) -> Floats:
+    """Posterior mean amplitude: in each state between its level and the column's own."""
+    own, prior = 1 / s[:, None] ** 2, 1 / of.spread**2
+    return np.asarray((p * (a[:, None] * own + of.level * prior) / (own + prior)).sum(1))
+
+
+def _by_counts(
+    scene: _Scene, amplitude: Floats, sigma: Floats, level: Floats, kind: int, of: _Levels, probability: Floats
+) -> Floats:
+    """Posterior [m, 3] of one class's judged sites by the Poisson likelihood of their pixels.
+
+    Columns of one class differ by its spread: the likelihood is tempered by it.
+    """
+    mine = np.flatnonzero(scene.judged & (scene.kind == kind))
+    share = scene.spots.share[mine]
+    index = scene.spots.index[mine]
+    total = scene.spots.draw(amplitude) + scene.background
+    floor = 0.02 * float(total.mean()) + 1e-12
+    others = total.ravel()[index] - amplitude[mine, None] * share
+    counts = scene.counts.ravel()[index]
+    temper = 1 + (of.spread * level[mine] / sigma[mine]) ** 2
+    log = np.empty((len(mine), 3))
+    for state, relative in enumerate(of.level):
+        model = np.maximum(others + (relative * level[mine])[:, None] * share, floor)
+        log[:, state] = np.where(share > 0, counts * np.log(model) - model, 0.0).sum(1) / temper
+    p = probability[mine]
+    for _ in range(3):
+        p = _normalised(log + np.log(_local_shares(p, of.share, scene.near[kind])))
+        of = replace(of, share=(p.sum(0) + _SHARES / 5) / (len(p) + _SHARES.sum() / 5))
+    return p
+
+
+def _normalised(log: Floats) -> Floats:
+    weight = np.exp(log - log.max(1, keepdims=True))
+    return np.asarray(weight / weight.sum(1, keepdims=True))
+
+
+def _neighbours(xy: Floats) -> tuple[Ints, Floats]:
+    """The 24 nearest other sites of a class and their weights, falling over one and a half times its spacing."""
+    from scipy.spatial import cKDTree
+
+    distance, index = cKDTree(xy).query(xy, k=min(25, len(xy)))
+    width = 1.5 * float(np.median(distance[:, min(1, distance.shape[1] - 1)])) + 1e-300
+    return index[:, 1:], np.exp(-0.5 * (distance[:, 1:] / width) ** 2)
+
+
+def _local_shares(p: Floats, share: Floats, near: tuple[Ints, Floats]) -> Floats:
+    """Shares of the states around every site, itself left out."""
+    index, weight = near
+    local = (weight[..., None] * p[index]).sum(1)
+    return np.asarray((local + _LOCAL * share) / (weight.sum(1)[:, None] + _LOCAL))
