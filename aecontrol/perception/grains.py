@@ -96,7 +96,7 @@ def find_grains(xy: Floats, intensity: Floats) -> tuple[Grain, ...]:
         free[cell.patch] = False
         if grain is not None:
             free[grain.atoms] = False
-            grains.append(_enlarged(grain, intensity[grain.atoms]))
+            grains.append(_enlarged(grain, xy[grain.atoms], intensity[grain.atoms]))
     return tuple(grains)
 
 
@@ -321,26 +321,30 @@ def _supercells() -> Iterator[Ints]:
                 yield np.array([[index // high, shift], [0, high]], dtype=np.int64)
 
 
-def _enlarged(grain: Grain, intensity: Floats) -> Grain:
+def _enlarged(grain: Grain, xy: Floats, intensity: Floats) -> Grain:
     """The grain with the cell that explains the intensities best (Bayesian information criterion), up to four times as
     large: perovskite A and B columns share one square lattice and differ in brightness only."""
-    level = np.array([np.median(intensity[grain.site == k]) for k in range(len(grain.basis))])[grain.site]
-    spread = 1.4826 * float(np.median(np.abs(intensity - level))) + 1e-12 * float(np.abs(level).max()) + 1e-300
-    y = np.clip(intensity - level, -4 * spread, 4 * spread)
+    from scipy.spatial import cKDTree
+
+    # against the atoms around: thickness and layers of another brightness are no modulation
+    around = cKDTree(xy).query(xy, k=min(_NEIGHBOURS + 1, len(xy)))[1]
+    y = intensity - intensity[around].mean(1)
+    y = y - np.array([np.median(y[grain.site == k]) for k in range(len(grain.basis))])[grain.site]
+    spread = 1.4826 * float(np.median(np.abs(y))) + 1e-12 * float(np.abs(intensity).max()) + 1e-300
+    y = np.clip(y, -4 * spread, 4 * spread)
     n = len(y)
 
     def misfit(label: Ints) -> float:
         number = np.maximum(np.bincount(label), 1)
         return float(((y - (np.bincount(label, y) / number)[label]) ** 2).sum()) + 1e-300
 
-    plain = misfit(grain.site)
-    best, chosen = n * math.log(plain) + len(grain.basis) * math.log(n), grain
+    rest, chosen = misfit(grain.site), grain
     for rows in _supercells():
         larger = _with_cell(grain, rows)
-        rest = misfit(larger.site)
-        score = n * math.log(rest) + len(larger.basis) * math.log(n)
-        if score < best - 10 and rest < (1 - _MODULATED) * plain:
-            best, chosen = score, larger
+        less = misfit(larger.site)
+        added = (len(larger.basis) - len(chosen.basis)) * math.log(n)
+        if n * math.log(less / rest) < -added - 10 and less < (1 - _MODULATED) * rest:
+            rest, chosen = less, larger
     return chosen
 
 

@@ -8,6 +8,7 @@ neighbours as they most probably are. Lengths are in the unit of the pixel sizes
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,16 +20,22 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-_REACH = 4.0
+_FINEST = 1.5
+"""Pixels are summed until a column's standard deviation spans no more than this many."""
+_SHAPES = 3
+_SAMPLE = 2e4
+"""Pixels that the noise's law is read from."""
+_REACH = 3.3
 """Half width of a spot's window in standard deviations of its core."""
 _KNOTS = 12.0
 """Spacing of the background's knots in the columns' spacing: closer knots cost certainty (vacancy benchmark: 3 % of
 recall at 4, 1 % at 12)."""
 _SOLVER_STEPS = 12
-_ROUNDS = 5
+_ROUNDS = 4
 _HALF = (0.5, 0.05)
 """Level of a half-filled column over that of a full one: 0.41 to 0.55 for one S of two in multislice calculations."""
 _EMPTY = (0.0, 0.03)
+_NO_DOUBT = 1e-3
 _SHARES = np.array([1.0, 1.0, 8.0])
 """Prior observations of empty, half-filled and full sites."""
 
@@ -66,96 +73,88 @@ class _Levels:
 
 
 class AmplitudeFit:
-    """Amplitudes of spots at ``xy`` [n, 2], with their common shape and a smooth background, from ``image``."""
+    """Columns at ``xy`` [n, 2] drawn into ``image``: their common shape, a smooth background, and the noise's law."""
 
-    def __init__(self, image: Floats, pixel: tuple[float, float], xy: Floats, blur: float, spacing: float) -> None:
-        """``blur``: a first standard deviation; ``spacing``: shortest distance of two columns."""
-        self.pixel, self.xy, self.blur, self.tail = pixel, xy, blur, 0.1
-        self.shape = (image.shape[0], image.shape[1])
-        self._hats = [_hats(n, p, _KNOTS * spacing) for n, p in zip(self.shape, pixel[::-1], strict=True)]
+    def __init__(
+        self, image: Floats, pixel: tuple[float, float], xy: Floats, amplitude: Floats, blur: float, spacing: float
+    ) -> None:
+        """``amplitude`` [n] to start from (0: not known to be there), ``blur`` a first standard deviation; ``spacing``:
+        shortest distance of two columns. Fine pixels are summed, positions keep their unit."""
+        bins = [max(1, int(blur / (_FINEST * p))) for p in pixel]
+        self.image = _binned(image, bins)
+        self.pixel = (pixel[0] * bins[0], pixel[1] * bins[1])
+        self.xy, self.blur, self.tail = xy, blur, 0.1
+        self.shape = (self.image.shape[0], self.image.shape[1])
+        self._hats = [_hats(n, p, _KNOTS * spacing) for n, p in zip(self.shape, self.pixel[::-1], strict=True)]
+        self.amplitude = amplitude
+        self.background = np.full(self.shape, float(np.quantile(self.image, 0.05)))
         self.gain, self.base = 1.0, 0.0
-        self.amplitude = np.zeros(len(xy))
-        self.background = np.full(self.shape, float(np.quantile(image, 0.05)))
         weight = np.ones(self.shape)
+        for _ in range(_SHAPES):
+            self.spots = draw_spots(xy, self.shape, self.pixel, self.blur, self.tail, _REACH * self.blur)
+            self._adjust(weight)
+            self._reshape(weight)
+            weight = self._weigh()
+        self.spots = draw_spots(xy, self.shape, self.pixel, self.blur, self.tail, _REACH * self.blur)
+        self.model = self.spots.draw(self.amplitude) + self.background
+
+    def _adjust(self, weight: Floats) -> None:
+        """Amplitudes towards their least squares, each against its neighbours as they are."""
+        square = np.einsum("np,np,np->n", self.spots.share, self.spots.share, self.spots.gather(weight))
+        inverse = np.divide(0.8, square, out=np.zeros_like(square), where=square > 1e-6 * np.median(square))
         for _ in range(2):
-            self._draw()
-            self._solve(image, weight)
-            self._reshape(image, weight)
-            weight = self._weigh(image)
-        self._draw()
-        self._solve(image, weight)
-        self._weigh(image)
+            residual = weight * (self.image - self.spots.draw(self.amplitude) - self.background)
+            step = np.einsum("np,np->n", self.spots.share, self.spots.gather(residual)) * inverse
+            self.amplitude = self.amplitude + step
 
-    def _draw(self) -> None:
-        self.spots = draw_spots(self.xy, self.shape, self.pixel, self.blur, self.tail, _REACH * self.blur)
-
-    def _solve(self, image: Floats, weight: Floats) -> None:
-        """Amplitudes and background by weighted least squares (preconditioned conjugate gradients from the present)."""
-        spots, (hat_y, hat_x), n = self.spots, self._hats, len(self.xy)
-        knots = (hat_y.shape[1], hat_x.shape[1])
-
-        def forward(v: Floats) -> Floats:
-            return np.asarray(spots.draw(v[:n]) + hat_y @ v[n:].reshape(knots) @ hat_x.T)
-
-        def backward(values: Floats) -> Floats:
-            own = np.einsum("np,np->n", spots.share, spots.gather(values))
-            return np.concatenate([own, (hat_y.T @ values @ hat_x).ravel()])
-
-        scale = np.concatenate(
-            [
-                np.einsum("np,np,np->n", spots.share, spots.share, spots.gather(weight)),
-                (hat_y.T**2 @ weight @ hat_x**2).ravel(),
-            ]
-        )
-        # Sites off the frame have no pixels; their amplitude stays 0.
-        inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 1e-6 * np.median(scale))
-        residual = backward(weight * (image - spots.draw(self.amplitude) - self.background))
-        v = np.zeros_like(scale)
-        p = z = inverse * residual
-        rz = float(residual @ z)
-        end = 1e-5 * rz
-        for _ in range(_SOLVER_STEPS):
-            if rz <= end or rz <= 0:
-                break
-            q = backward(weight * forward(p))
-            alpha = rz / float(p @ q)
-            v, residual = v + alpha * p, residual - alpha * q
-            z = inverse * residual
-            rz, before = float(residual @ z), rz
-            p = z + rz / before * p
-        self.amplitude = self.amplitude + v[:n]
-        self.background = self.background + hat_y @ v[n:].reshape(knots) @ hat_x.T
-
-    def _reshape(self, image: Floats, weight: Floats) -> None:
-        """One Gauss-Newton step of the spot's width and tail, scale and offset free.
+    def _reshape(self, weight: Floats) -> None:
+        """Width and tail of the spot, with a smooth background and a smooth scale of the amplitudes free: one
+        Gauss-Newton step, its normal equations solved by conjugate gradients.
 
         A Gaussian widens as heat spreads, dG/d ln s = s^2 laplace G, and one twice as wide is G blurred by sqrt(3) s.
         """
-        from scipy.ndimage import gaussian_filter, laplace
+        from scipy.ndimage import gaussian_filter
 
-        at = np.array([self.blur / p for p in self.pixel[::-1]])
+        hat_y, hat_x = self._hats
+        knots = (hat_y.shape[1], hat_x.shape[1])
+        n = knots[0] * knots[1]
         core = self.spots.draw(self.amplitude)
-        curved = self.blur**2 * sum(
-            np.gradient(np.gradient(core, p, axis=a), p, axis=a) for a, p in enumerate(self.pixel[::-1])
-        )
-        del laplace
-        wide = gaussian_filter(core, math.sqrt(3) * at, mode="constant", truncate=3.0) - core
-        terms = np.stack([curved, wide, core, np.ones_like(core)]).reshape(4, -1)
-        residual = (image - core - self.background).ravel()
-        weighted = terms * weight.ravel()
-        step = np.linalg.lstsq(weighted @ terms.T, weighted @ residual, rcond=None)[0]
-        self.blur *= math.exp(float(np.clip(step[0], -0.3, 0.3)))
-        self.tail = float(np.clip(self.tail + step[1], 0.0, 0.4))
+        at = [self.blur / p for p in self.pixel[::-1]]
+        curved = sum(at[a] ** 2 * _second_difference(core, a) for a in (0, 1))
+        wide = gaussian_filter(core, [math.sqrt(3) * a for a in at], mode="constant", truncate=3.0) - core
+        unit = float(np.sqrt((weight * core**2).sum() / weight.sum())) + 1e-300
+        core, curved, wide = core / unit, np.asarray(curved) / unit, wide / unit
 
-    def _weigh(self, image: Floats) -> Floats:
+        def forward(v: Floats) -> Floats:
+            smooth = [hat_y @ v[i * n : (i + 1) * n].reshape(knots) @ hat_x.T for i in (0, 1)]
+            return np.asarray(smooth[0] + core * smooth[1] + v[-2] * curved + v[-1] * wide)
+
+        def backward(values: Floats) -> Floats:
+            smooth = [(hat_y.T @ part @ hat_x).ravel() for part in (values, values * core)]
+            return np.concatenate([*smooth, [(values * curved).sum(), (values * wide).sum()]])
+
+        squares = [(hat_y.T**2 @ (weight * part) @ hat_x**2).ravel() for part in (1.0, core**2)]
+        scale = np.concatenate([*squares, [(weight * curved**2).sum(), (weight * wide**2).sum()]])
+        right = backward(weight * (self.image - core * unit - self.background))
+        v = _conjugate_gradients(lambda u: backward(weight * forward(u)), right, 1 / (scale + 1e-12 * scale.max()))
+        smooth = [hat_y @ v[i * n : (i + 1) * n].reshape(knots) @ hat_x.T for i in (0, 1)]
+        self.background = self.background + smooth[0]
+        col, row = np.clip((self.xy / self.pixel).astype(np.int64), 0, np.array(self.shape[::-1]) - 1).T
+        grown = np.clip(1 + smooth[1][row, col] / unit, 0.3, 3.0)
+        self.amplitude = self.amplitude * grown
+        self.blur *= math.exp(float(np.clip(v[-2] / unit, -0.3, 0.3)))
+        self.tail = float(np.clip(self.tail + v[-1] / unit, 0.0, 0.4))
+
+    def _weigh(self) -> Floats:
         """One over the variance of every pixel, v0 + gain model, both constants from the residuals."""
         from scipy.optimize import nnls
 
         model = self.spots.draw(self.amplitude) + self.background
-        order = np.argsort(model, axis=None)
-        groups = np.array_split(order, 16)
-        square = ((image - model) ** 2).ravel()
-        level = np.array([model.ravel()[g].mean() for g in groups])
+        step = max(1, round(math.sqrt(model.size / _SAMPLE)))
+        seen = model[::step, ::step].ravel()
+        square = ((self.image - model)[::step, ::step] ** 2).ravel()
+        groups = np.array_split(np.argsort(seen), 16)
+        level = np.array([seen[g].mean() for g in groups])
         variance = np.array([square[g].mean() for g in groups])
         low, span, unit = level.min(), np.ptp(level) + 1e-300, variance.max() + 1e-300
         relative = 1 / np.maximum(variance / unit, 1e-3)
@@ -165,10 +164,42 @@ class AmplitudeFit:
         self.base = unit * v0 - self.gain * low
         return np.asarray(1 / np.maximum(self.base + self.gain * model, 0.02 * unit))
 
-    def as_counts(self, image: Floats) -> tuple[Floats, Floats]:
+    def as_counts(self) -> tuple[Floats, Floats]:
         """Image and background in units in which the variance equals the mean, as for counts."""
         shift = self.base / self.gain**2
-        return image / self.gain + shift, self.background / self.gain + shift
+        return self.image / self.gain + shift, self.background / self.gain + shift
+
+
+def _binned(image: Floats, bins: list[int]) -> Floats:
+    """Sums over ``bins`` (x, y) pixels; a last incomplete bin is dropped."""
+    rows, cols = image.shape[0] // bins[1], image.shape[1] // bins[0]
+    cut = image[: rows * bins[1], : cols * bins[0]]
+    return np.asarray(cut.reshape(rows, bins[1], cols, bins[0]).sum((1, 3)))
+
+
+def _second_difference(image: Floats, axis: int) -> Floats:
+    from scipy.ndimage import correlate1d
+
+    return np.asarray(correlate1d(image, [1.0, -2.0, 1.0], axis=axis, mode="nearest"))
+
+
+def _conjugate_gradients(apply: Callable[[Floats], Floats], right: Floats, inverse: Floats) -> Floats:
+    """Solve ``apply(v) = right``, preconditioned by the ``inverse`` of the diagonal."""
+    v = np.zeros_like(right)
+    residual = right
+    p = z = inverse * residual
+    rz = float(residual @ z)
+    end = 1e-5 * rz
+    for _ in range(_SOLVER_STEPS):
+        if rz <= end or rz <= 0:
+            break
+        q = apply(p)
+        alpha = rz / float(p @ q)
+        v, residual = v + alpha * p, residual - alpha * q
+        z = inverse * residual
+        rz, before = float(residual @ z), rz
+        p = z + rz / before * p
+    return v
 
 
 def _hats(length: int, pixel: float, spacing: float) -> Floats:
@@ -178,9 +209,9 @@ def _hats(length: int, pixel: float, spacing: float) -> Floats:
     return np.asarray(np.maximum(0.0, 1 - np.abs(at[:, None] - np.arange(knots))))
 
 
-def occupation(fit: AmplitudeFit, image: Floats, kind: Ints, judged: Bools) -> Occupation:
+def occupation(fit: AmplitudeFit, kind: Ints, judged: Bools) -> Occupation:
     """Posteriors of the ``judged`` sites; ``kind`` [n] is their class, -1 for columns of no class."""
-    counts, background = fit.as_counts(image)
+    counts, background = fit.as_counts()
     classes = [int(k) for k in np.unique(kind[judged])]
     near = {k: _neighbours(fit.xy[judged & (kind == k)]) for k in classes}
     scene = _Scene(counts, fit.spots, background, kind, judged, near)
@@ -276,25 +307,26 @@ def _expected(a: Floats, v: Floats, of: _Levels, p: Floats) -> Floats:
 def _by_counts(
     scene: _Scene, amplitude: Floats, sigma: Floats, level: Floats, kind: int, of: _Levels, probability: Floats
 ) -> Floats:
-    """Posterior [m, 3] of one class's judged sites by the Poisson likelihood of their pixels.
+    """Posterior [m, 3] of one class's judged sites by the Poisson likelihood of their pixels, where there is any doubt.
 
     Columns of one class differ by its spread: the likelihood is tempered by it.
     """
     mine = np.flatnonzero(scene.judged & (scene.kind == kind))
-    share = scene.spots.share[mine]
-    index = scene.spots.index[mine]
+    p = probability[mine]
+    doubtful = p[:, 2] < 1 - _NO_DOUBT
+    some = mine[doubtful]
+    share, index = scene.spots.share[some], scene.spots.index[some]
     total = scene.spots.draw(amplitude) + scene.background
     floor = 0.02 * float(total.mean()) + 1e-12
-    others = total.ravel()[index] - amplitude[mine, None] * share
+    others = total.ravel()[index] - amplitude[some, None] * share
     counts = scene.counts.ravel()[index]
-    temper = 1 + (of.spread * level[mine] / sigma[mine]) ** 2
-    log = np.empty((len(mine), 3))
+    temper = 1 + (of.spread * level[some] / sigma[some]) ** 2
+    log = np.empty((len(some), 3))
     for state, relative in enumerate(of.level):
-        model = np.maximum(others + (relative * level[mine])[:, None] * share, floor)
+        model = np.maximum(others + (relative * level[some])[:, None] * share, floor)
         log[:, state] = np.where(share > 0, counts * np.log(model) - model, 0.0).sum(1) / temper
-    p = probability[mine]
     for _ in range(3):
-        p = normalised(log + np.log(local_shares(p, of.share, scene.near[kind])))
+        p[doubtful] = normalised(log + np.log(local_shares(p, of.share, scene.near[kind])[doubtful]))
         of = replace(of, share=(p.sum(0) + _SHARES / 5) / (len(p) + _SHARES.sum() / 5))
     return p
 
