@@ -294,6 +294,7 @@ def occupancy(fit: ColumnFit, image: Array) -> Occupancy:
 
 
 def normalised(log: Array) -> Array:
+    """Probabilities [n, k] from log weights [n, k]."""
     weight = np.exp(log - log.max(1, keepdims=True))
     return np.asarray(weight / weight.sum(1, keepdims=True))
 

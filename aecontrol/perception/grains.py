@@ -1,8 +1,8 @@
 """Crystal lattices from atom positions alone: a cell seen in one patch, followed from atom to atom to where it ends.
 
-Nothing is assumed of the material. Following the lattice through neighbours, and letting its vectors turn and stretch on
-the way, keeps the count of cells right under strain that a single global lattice would lose. Lengths are in the unit of
-the positions.
+Nothing is assumed of the material. Following the lattice through neighbours, and letting its vectors turn and stretch
+on the way, keeps the count of cells right under strain that a single global lattice would lose. Lengths are in the unit
+of the positions.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ Bools = NDArray[np.bool_]
 
 SMALLEST = 16
 """Fewest atoms of a grain, a choice: four cells by four of one column, below which rows of chance atoms occur."""
-_PATCH = 200
+_PATCH = 150
 """Atoms of the patch in which a cell is sought."""
 _NEIGHBOURS = 12
 _REACH = 0.2
 """Two positions are the same site when closer than this share of the nearest-neighbour distance (a choice: a
-   honeycomb's sites stay apart, atoms may scatter by a tenth and vectors err by another)."""
+honeycomb's sites stay apart, atoms may scatter by a tenth and vectors err by another)."""
 _SEEDS = 8
 _REPEATS = 0.5
 """Least share of atoms that have a partner one lattice vector away; scattered atoms reach 0.15."""
 _EXPLAINED = 0.6
 """Least share of the patch's atoms on the sites of its cell."""
 _MODULATED = 0.1
-"""Least share of the intensities' variance that a larger cell must explain to be taken, besides its evidence."""
+"""Least share of the intensities' variance that a larger cell must predict to be taken."""
 
 
 @dataclass(frozen=True)
@@ -161,21 +161,22 @@ def _translations(points: Floats, apart: float) -> Floats | None:
     """
     from scipy.ndimage import maximum_filter, uniform_filter
 
-    radius = float(np.hypot(*points.T).max())
+    radius = math.sqrt(float((points**2).sum(1).max()))
     bin_ = _REACH * apart
     half = math.ceil(0.9 * radius / bin_)
-    difference = (points[None] - points[:, None]).reshape(-1, 2)
-    difference = difference[np.hypot(*difference.T) > 0.7 * apart]
-    index = np.floor(difference / bin_ + half + 0.5).astype(np.int64)
-    inside = ((index >= 0) & (index <= 2 * half)).all(1)
-    index, difference = index[inside], difference[inside]
+    first, second = np.triu_indices(len(points), 1)
+    difference = points[second] - points[first]
+    length = np.einsum("ni,ni->n", difference, difference)
+    difference = difference[(length > (0.7 * apart) ** 2) & (length < ((half - 1) * bin_) ** 2)]
+    difference = np.concatenate([difference, -difference])
     side = 2 * half + 1
-    flat = index[:, 0] * side + index[:, 1]
+    flat = np.floor(difference / bin_ + half + 0.5).astype(np.int64) @ np.array([side, 1])
     sums = [np.bincount(flat, w, side**2).reshape(side, side) for w in (None, *difference.T)]
     number, dx, dy = (9 * uniform_filter(s.astype(float), 3, mode="constant") for s in sums)
-    peak = (number == maximum_filter(number, 3)) & (number > 5.5)
+    peak = (number == maximum_filter(number, 3)) & (number > 0.2 * number.max())
     v = np.stack([dx[peak], dy[peak]], 1) / number[peak][:, None]
-    reached = (np.hypot(*(points[:, None] + v[None]).transpose(2, 0, 1)) < radius).sum(0)
+    moved = (points**2).sum(1)[:, None] + 2 * points @ v.T + (v**2).sum(1)
+    reached = (moved < radius**2).sum(0)
     share = number[peak] / np.maximum(reached, 1)
     usable = reached >= 0.25 * len(points)
     if not usable.any() or share[usable].max() < _REPEATS:
@@ -213,13 +214,14 @@ def _standard(vectors: Floats) -> Floats:
 
 
 def _basis(points: Floats, vectors: Floats, apart: float) -> Floats:
-    """Sites of the cell [k, 2]: where folded atoms crowd, the most crowded first; at least three cells in ten hold one."""
+    """Sites of the cell [k, 2]: where folded atoms crowd, most crowded first; at least three cells in ten hold one."""
     fraction = points @ np.linalg.inv(vectors)
     cells = max(np.pi * float((points**2).sum(1).max()) / abs(float(np.linalg.det(vectors))), 1.0)
     left = np.ones(len(points), dtype=bool)
     difference = fraction[None] - fraction[:, None]
     difference -= np.round(difference)
-    near = np.hypot(*(difference @ vectors).transpose(2, 0, 1)) < 1.5 * _REACH * apart
+    square = ((difference @ vectors) ** 2).sum(2)
+    near = square < (1.5 * _REACH * apart) ** 2
     sites = []
     while left.any():
         crowd = (near & left[None] & left[:, None]).sum(1)
@@ -229,7 +231,7 @@ def _basis(points: Floats, vectors: Floats, apart: float) -> Floats:
             break
         sites.append(fraction[top] + difference[top, members].mean(0))
         # what is a little further belongs to nobody rather than to a site of its own
-        left &= np.hypot(*(difference[top] @ vectors).T) > 3 * _REACH * apart
+        left &= square[top] > (3 * _REACH * apart) ** 2
     return np.asarray(sites).reshape(-1, 2) % 1.0
 
 
@@ -280,7 +282,7 @@ def _grow(xy: Floats, near: Ints, free: Bools, start: _Cell) -> Grain | None:
 
 
 def _local_vectors(xy: Floats, near: Ints, placed: Bools, at: Floats, atoms: Ints, vectors: Floats) -> Floats:
-    """Vectors [n, 2, 2] around ``atoms`` from their placed neighbours, held by a prior of four of these at ``vectors``."""
+    """Vectors [n, 2, 2] around ``atoms`` from their placed neighbours and a prior of four of these at ``vectors``."""
     around = near[atoms]
     known = placed[around][..., None]
     index = (at[around] - at[atoms][:, None]) * known
@@ -322,8 +324,12 @@ def _supercells() -> Iterator[Ints]:
 
 
 def _enlarged(grain: Grain, xy: Floats, intensity: Floats) -> Grain:
-    """The grain with the cell that explains the intensities best (Bayesian information criterion), up to four times as
-    large: perovskite A and B columns share one square lattice and differ in brightness only."""
+    """The grain with the cell that predicts the intensities best, up to four times as large: perovskite A and B columns
+    share one square lattice and differ in brightness only.
+
+    Each quarter of the grain is predicted by the mean intensities of the other three, so that a modulation has to go
+    through all of it.
+    """
     from scipy.spatial import cKDTree
 
     # against the atoms around: thickness and layers of another brightness are no modulation
@@ -332,18 +338,20 @@ def _enlarged(grain: Grain, xy: Floats, intensity: Floats) -> Grain:
     y = y - np.array([np.median(y[grain.site == k]) for k in range(len(grain.basis))])[grain.site]
     spread = 1.4826 * float(np.median(np.abs(y))) + 1e-12 * float(np.abs(intensity).max()) + 1e-300
     y = np.clip(y, -4 * spread, 4 * spread)
-    n = len(y)
+    quarter = (xy > np.median(xy, axis=0)) @ np.array([2, 1])
 
-    def misfit(label: Ints) -> float:
-        number = np.maximum(np.bincount(label), 1)
-        return float(((y - (np.bincount(label, y) / number)[label]) ** 2).sum()) + 1e-300
+    def misfit(larger: Grain) -> float:
+        classes = len(larger.basis)
+        label = 4 * larger.site + quarter
+        number, total = (np.bincount(label, w, 4 * classes).reshape(classes, 4) for w in (None, y))
+        others = (total.sum(1)[:, None] - total) / np.maximum(number.sum(1)[:, None] - number, 1)
+        return float(((y - others.ravel()[label]) ** 2).sum())
 
-    rest, chosen = misfit(grain.site), grain
+    rest, chosen = misfit(grain), grain
     for rows in _supercells():
         larger = _with_cell(grain, rows)
-        less = misfit(larger.site)
-        added = (len(larger.basis) - len(chosen.basis)) * math.log(n)
-        if n * math.log(less / rest) < -added - 10 and less < (1 - _MODULATED) * rest:
+        less = misfit(larger)
+        if less < (1 - _MODULATED) * rest:
             rest, chosen = less, larger
     return chosen
 

@@ -15,7 +15,7 @@ from .finder import Found
 from .grains import Grain, find_grains
 from .lattice import LatticeHint, require_image
 from .missing import AmplitudeFit, occupation
-from .targets import read_crystal, report
+from .targets import FALSE_DISCOVERY, read_crystal, report
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -28,6 +28,9 @@ _SURROUNDED = 9
 _WIDEST_GAP_DEG = 150.0
 """A site inside has no wider angle free of columns: two neighbours may be missing side by side, not three."""
 _LEAST_THERE = 0.55
+"""Least share of the nearest sites that hold a column."""
+_TOGETHER = 0.5
+"""Correlation of the dim columns with their neighbours beyond which they are regions; damage clusters reach 0.3."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,14 @@ def name_sites(
     image: NDArray[np.generic],
     pixel_size_nm: tuple[float, float] | None,
     hint: LatticeHint | None = None,
+    false_discovery: float = FALSE_DISCOVERY,
 ) -> Sites:
     """Sublattices and missing atoms of the crystals in ``image`` [rows, cols] from the atoms found in it.
 
-    Pixels are (x, y) nm; without a scale lengths are in px. Nothing is assumed of the material; ``hint`` names one whose
-    columns are then judged as known ones (Mo, S2, S1, S0). Raises BadInput for an image that is not finite and 2-D, and
-    for a hint without a pixel size.
+    Pixels are (x, y) nm; without a scale lengths are in px. Nothing is assumed of the material; ``hint`` names one
+    whose columns are then judged as known ones (Mo, S2, S1, S0). The missing ones are the longest list of which a share of
+    ``false_discovery`` is expected to be wrong. Raises BadInput for an image that is not finite and 2-D, and for a hint
+    without a pixel size.
     """
     data = require_image(np.asarray(image))
     if not np.isfinite(data).all():
@@ -127,11 +132,11 @@ def name_sites(
     unit = "nm" if pixel_size_nm else "px"
     xy = np.stack([found.x_px, found.y_px], 1) * pixel
     if hint is not None:
-        return _known(data, pixel, xy, hint)
+        return _known(data, pixel, xy, hint, false_discovery)
     grains = find_grains(xy, found.intensity)
     if not grains:
         return _none(len(xy), f"no lattice: the {len(xy)} atoms do not repeat", unit)
-    return _judge(found, data, pixel, xy, grains, unit)
+    return _judge(found, data, pixel, xy, grains, unit, false_discovery)
 
 
 def _none(n: int, note: str, unit: str) -> Sites:
@@ -141,7 +146,13 @@ def _none(n: int, note: str, unit: str) -> Sites:
 
 
 def _judge(
-    found: Found, image: Floats, pixel: tuple[float, float], xy: Floats, grains: tuple[Grain, ...], unit: str
+    found: Found,
+    image: Floats,
+    pixel: tuple[float, float],
+    xy: Floats,
+    grains: tuple[Grain, ...],
+    unit: str,
+    false_discovery: float,
 ) -> Sites:
     sigma = np.hypot(found.sigma_x * pixel[0], found.sigma_y * pixel[1]) / np.sqrt(2)
     spacing = min(g.spacing for g in grains)
@@ -156,7 +167,8 @@ def _judge(
     full = occupation(fit, kind, judged)
     there = np.where(judged, full.probability[:, 0] < 0.5, there)
     lacking = np.where(judged & _inside(table, there), 1 - full.probability[:, 2], 0.0)
-    rows = np.array(report(lacking), dtype=np.int64)
+    lacking = _without_regions(table.xy, np.where(judged, kind, -1), lacking)
+    rows = np.array(report(lacking, false_discovery), dtype=np.int64)
     rows = rows[np.argsort(-lacking[rows], kind="stable")]
     vacant = full.probability[:, 0] >= full.probability[:, 1]
     state = np.where(vacant, "vacant", "depleted")
@@ -209,9 +221,9 @@ def _tabulate(xy: Floats, sigma: Floats, grains: tuple[Grain, ...], size: tuple[
     used = np.concatenate([g.atoms for g in grains])
     rest = np.setdiff1d(np.arange(len(xy)), used)
     parts.append((xy[rest], np.full(len(rest), -1), np.full(len(rest), -1), rest, np.zeros((len(rest), 2))))
-    at, number, site, index, departure = (np.concatenate(column) for column in zip(*parts, strict=True))
-    framed = ((at >= 0) & (at < size)).all(1)
-    return _Table(at, number, site, index, framed, departure)
+    at, of, site, index, departure = (np.concatenate(column) for column in zip(*parts, strict=True))
+    framed = np.asarray(((at >= 0) & (at < size)).all(1))
+    return _Table(at, of, site, index, framed, departure)
 
 
 def _cells(grain: Grain) -> tuple[Ints, Ints, Ints]:
@@ -270,8 +282,7 @@ def _inside(table: _Table, there: Bools) -> Bools:
         mine = np.flatnonzero(table.grain == number)
         xy = table.xy[mine]
         count = min(_SURROUNDED + 1, len(mine))
-        distance, near = cKDTree(xy).query(xy, k=count)
-        # sites as far as the last one only in part listed would open gaps by chance: all are taken with a little more
+        near = cKDTree(xy).query(xy, k=count)[1]
         there_too = (there[mine] | ~table.framed[mine])[near[:, 1:]]
         off = xy[near[:, 1:]] - xy[:, None]
         angle = np.where(there_too, np.arctan2(off[..., 1], off[..., 0]), np.nan)
@@ -283,8 +294,26 @@ def _inside(table: _Table, there: Bools) -> Bools:
         widest = np.fmax(np.where(np.isnan(gaps), 0.0, gaps).max(1), around)
         enough = number_there >= _LEAST_THERE * (count - 1)
         inside[mine] = enough & (widest < np.radians(_WIDEST_GAP_DEG))
-        del distance
     return inside
+
+
+def _without_regions(xy: Floats, kind: Ints, lacking: Floats) -> Floats:
+    """``lacking`` with whole regions set to 0: where the dim columns of a class lie together, half of their neighbours
+    as dim, they are another material (a layer), not many vacancies."""
+    from scipy.spatial import cKDTree
+
+    lacking = lacking.copy()
+    for k in np.unique(kind[kind >= 0]):
+        mine = np.flatnonzero(kind == k)
+        if len(mine) < 3 * _SURROUNDED:
+            continue
+        near = cKDTree(xy[mine]).query(xy[mine], k=_SURROUNDED)[1][:, 1:]
+        own = lacking[mine]
+        around = own[near].mean(1)
+        off = own - own.mean()
+        if float(off @ (around - own.mean())) > _TOGETHER * float(off @ off):
+            lacking[mine] = np.where(around > 0.4, 0.0, own)
+    return lacking
 
 
 def _summary(name: str, xy: Floats, table: _Table, mine: Bools, amplitude: Floats, missing: Missing) -> Sublattice:
@@ -314,7 +343,7 @@ def _shapes(grains: tuple[Grain, ...], table: _Table, kind: Ints, names: tuple[s
     return shapes
 
 
-def _known(image: Floats, pixel: tuple[float, float], xy: Floats, hint: LatticeHint) -> Sites:
+def _known(image: Floats, pixel: tuple[float, float], xy: Floats, hint: LatticeHint, false_discovery: float) -> Sites:
     """The same from a known lattice: its own names, judged by the session's machinery."""
     from scipy.spatial import cKDTree
 
@@ -326,7 +355,7 @@ def _known(image: Floats, pixel: tuple[float, float], xy: Floats, hint: LatticeH
     off, nearest = cKDTree(table[:, :2]).query(xy)
     on = off < 0.07
     label = np.where(on, names[nearest], OTHER)
-    rows = np.array(reading.found, dtype=np.int64)
+    rows = np.array(report(table[:, 7], false_discovery), dtype=np.int64)
     rows = rows[np.argsort(-table[rows, 7], kind="stable")]
     back, atom = cKDTree(xy).query(table[rows, :2])
     full = float(reading.features["level_full"])
