@@ -119,8 +119,8 @@ def name_sites(
     """Sublattices and missing atoms of the crystals in ``image`` [rows, cols] from the atoms found in it.
 
     Pixels are (x, y) nm; without a scale lengths are in px. Nothing is assumed of the material; ``hint`` names one
-    whose columns are then judged as known ones (Mo, S2, S1, S0). The missing ones are the longest list of which a share of
-    ``false_discovery`` is expected to be wrong. Raises BadInput for an image that is not finite and 2-D, and for a hint
+    whose columns are then judged as known ones (Mo, S2, S1, S0). The missing ones are the longest list of which a share
+    of ``false_discovery`` is expected to be wrong. Raises BadInput for an image that is not finite and 2-D, and for a hint
     without a pixel size.
     """
     data = require_image(np.asarray(image))
@@ -163,7 +163,8 @@ def _judge(
     kind, names = _classes(table, grains, fit.amplitude)
     usual = np.array([np.median(fit.amplitude[(kind == k) & (table.atom >= 0)]) for k in range(len(names))])
     there = (table.atom >= 0) | (fit.amplitude > 0.4 * usual[kind])
-    judged = _inside(table, there) & table.framed & (kind >= 0)
+    within = ((table.xy >= blur) & (table.xy < np.array(image.shape[::-1]) * pixel - blur)).all(1)
+    judged = _inside(table, there) & within & (kind >= 0)
     full = occupation(fit, kind, judged)
     there = np.where(judged, full.probability[:, 0] < 0.5, there)
     lacking = np.where(judged & _inside(table, there), 1 - full.probability[:, 2], 0.0)
