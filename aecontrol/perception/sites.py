@@ -120,8 +120,8 @@ def name_sites(
 
     Pixels are (x, y) nm; without a scale lengths are in px. Nothing is assumed of the material; ``hint`` names one
     whose columns are then judged as known ones (Mo, S2, S1, S0). The missing ones are the longest list of which a share
-    of ``false_discovery`` is expected to be wrong. Raises BadInput for an image that is not finite and 2-D, and for a hint
-    without a pixel size.
+    of ``false_discovery`` is expected to be wrong. Raises BadInput for an image that is not finite and 2-D, and for a
+    hint without a pixel size.
     """
     data = require_image(np.asarray(image))
     if not np.isfinite(data).all():
@@ -275,7 +275,7 @@ def _same_crystal(one: Grain, other: Grain) -> bool:
 
 def _inside(table: _Table, there: Bools) -> Bools:
     """True for sites that columns surround: most of the nearest sites are there, none of the angles between them is
-    wide. What lies off the frame counts as there, for the crystal goes on."""
+    wide. Off the frame the crystal goes on as it is beside it, in most of the three nearest sites."""
     from scipy.spatial import cKDTree
 
     inside = np.zeros(len(table.xy), dtype=bool)
@@ -284,7 +284,12 @@ def _inside(table: _Table, there: Bools) -> Bools:
         xy = table.xy[mine]
         count = min(_SURROUNDED + 1, len(mine))
         near = cKDTree(xy).query(xy, k=count)[1]
-        there_too = (there[mine] | ~table.framed[mine])[near[:, 1:]]
+        framed = table.framed[mine]
+        goes_on = there[mine].copy()
+        if not framed.all() and framed.sum() >= 3:
+            beside = cKDTree(xy[framed]).query(xy[~framed], k=3)[1]
+            goes_on[~framed] = there[mine][framed][beside].sum(1) >= 2
+        there_too = goes_on[near[:, 1:]]
         off = xy[near[:, 1:]] - xy[:, None]
         angle = np.where(there_too, np.arctan2(off[..., 1], off[..., 0]), np.nan)
         angle = np.sort(angle, axis=1)

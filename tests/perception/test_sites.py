@@ -94,8 +94,9 @@ def test_every_atom_of_a_perfect_crystal_gets_its_sublattice_and_nothing_is_miss
             for k, letter in zip(np.argsort(-np.array(brightness)), "ABC", strict=False):
                 assert np.mean(sites.label[kind == k] == letter) > 0.995
     assert len(sites.missing) == 0
-    for sublattice in sites.sublattices:
-        assert sublattice.rms == pytest.approx(1.3 * BLUR / np.sqrt(np.mean(brightness)), rel=0.6)
+    for sublattice, bright in zip(sites.sublattices, sorted(brightness, reverse=True), strict=False):
+        # neighbours that say where it should be add their own noise
+        assert 1.3 * BLUR / np.sqrt(bright) * 0.9 < sublattice.rms < 1.3 * BLUR / np.sqrt(bright) * 1.2
 
 
 @pytest.mark.parametrize("name", ["MoS2", "graphene", "SrTiO3", "hBN"])
