@@ -131,13 +131,18 @@ class Spots:
 
 
 def draw_spots(
-    xy_nm: Array, shape: tuple[int, int], pixel_size_nm: tuple[float, float], sigma_nm: float, tail: float
+    xy_nm: Array,
+    shape: tuple[int, int],
+    pixel_size_nm: tuple[float, float],
+    sigma_nm: float,
+    tail: float,
+    reach_nm: float = _REACH_NM,
 ) -> Spots:
-    """Spots (core and tail Gaussian, sampled at pixel centres) around every position [n, 2] nm."""
+    """Spots (core and tail Gaussian, sampled at pixel centres within ``reach_nm``) around every position [n, 2] nm."""
     offsets: list[NDArray[np.int64]] = []
     axes: list[list[Array]] = []
     for axis, (size, count) in enumerate(zip(pixel_size_nm, (shape[1], shape[0]), strict=True)):
-        half = math.ceil(_REACH_NM / size)
+        half = math.ceil(reach_nm / size)
         pixel = np.floor(xy_nm[:, axis] / size).astype(np.int64)[:, None] + np.arange(-half, half + 1)
         distance = (pixel + 0.5) * size - xy_nm[:, axis, None]
         inside = (pixel >= 0) & (pixel < count)
@@ -282,13 +287,14 @@ def occupancy(fit: ColumnFit, image: Array) -> Occupancy:
         for state, level in enumerate(levels):
             model = np.maximum(others + level * spots.share, floor)
             log[:, state] = np.where(spots.share > 0, pixels * np.log(model) - model, 0.0).sum(1) / temper
-        prior = _local_shares(probability, fractions, near)
-        probability = _normalised(log + np.log(prior))
+        prior = local_shares(probability, fractions, near)
+        probability = normalised(log + np.log(prior))
         fractions = (probability.sum(0) + np.array([0.2, 0.5, 1.0])) / (len(probability) + 1.7)
     return Occupancy(probability, levels, fractions)
 
 
-def _normalised(log: Array) -> Array:
+def normalised(log: Array) -> Array:
+    """Probabilities [n, k] from log weights [n, k]."""
     weight = np.exp(log - log.max(1, keepdims=True))
     return np.asarray(weight / weight.sum(1, keepdims=True))
 
@@ -317,7 +323,7 @@ def _mixture(amplitude: Array, sigma: Array, reference: float) -> tuple[Array, A
         levels, shares = np.array([0.0, 0.25, 0.5]) * reference, np.array([0.02, 0.08, 0.9])
     else:
         levels, shares = best[1], best[2]
-    return levels, shares, _normalised(_log_components(amplitude, sigma, levels) + np.log(shares))
+    return levels, shares, normalised(_log_components(amplitude, sigma, levels) + np.log(shares))
 
 
 def _log_components(amplitude: Array, sigma: Array, levels: Array) -> Array:
@@ -364,8 +370,26 @@ def _neighbours(xy_nm: Array) -> tuple[NDArray[np.int64], Array]:
     return index[:, 1:], np.exp(-0.5 * (distance[:, 1:] / 0.5) ** 2)
 
 
-def _local_shares(probability: Array, fractions: Array, near: tuple[NDArray[np.int64], Array]) -> Array:
-    """Shares of the three states around every column, itself left out, with four columns' worth of the frame's mean."""
+def local_shares(probability: Array, fractions: Array, near: tuple[NDArray[np.int64], Array]) -> Array:
+    """Shares of the states around every column, itself left out, shrunk to the frame's mean by its ``_strength``."""
     index, weight = near
+    strength = _strength(probability, near)
     local = (weight[..., None] * probability[index]).sum(1)
-    return np.asarray((local + 4.0 * fractions) / (weight.sum(1)[:, None] + 4.0))
+    return np.asarray((local + strength * fractions) / (weight.sum(1)[:, None] + strength))
+
+
+def _strength(probability: Array, near: tuple[NDArray[np.int64], Array]) -> float:
+    """Columns' worth of the frame's mean in the local share of full ones, 4 to 100: few where missing atoms cluster.
+
+    Neighbours' covariance, one standard error taken off, is the variance of the local share, which for m prior columns
+    is q (1 - q) / (m + 1).
+    """
+    index, weight = near
+    full = probability[:, -1]
+    off = full - full.mean()
+    total = np.maximum(weight.sum(1), 1e-12)
+    covariance = float(np.mean(off * (weight * off[index]).sum(1) / total))
+    spread = float(full.mean() * (1 - full.mean())) + 1e-12
+    # n columns with the kernel's number of neighbours each, every pair met twice
+    doubt = spread / math.sqrt(max(len(full) * float(total.mean()) * 0.7, 1.0))
+    return float(np.clip(spread / max(covariance - doubt, 1e-3 * spread) - 1, 4.0, 100.0))

@@ -182,13 +182,13 @@ def _in_crystal(fit: columns.ColumnFit, reference: float) -> NDArray[np.bool_]:
     return np.asarray((fit.amplitude[other][near] > 0.5 * reference).sum(1) >= 2)
 
 
-def report(probability: Array) -> tuple[int, ...]:
+def report(probability: Array, false_discovery: float = FALSE_DISCOVERY) -> tuple[int, ...]:
     """The longest list of columns, most probable first, whose expected share of wrong ones stays within
-    ``FALSE_DISCOVERY``, each more probable than not (Bayesian false discovery rate; Mueller et al.,
+    ``false_discovery``, each more probable than not (Bayesian false discovery rate; Mueller et al.,
     J. Am. Stat. Assoc. 99 (2004) 990). Calibrated posteriors make it a threshold on precision; rows ascend."""
     order = np.argsort(-probability, kind="stable")
     wrong = np.cumsum(1 - probability[order]) / np.arange(1, len(order) + 1)
-    accepted = (wrong <= FALSE_DISCOVERY) & (probability[order] > 0.5)
+    accepted = (wrong <= false_discovery) & (probability[order] > 0.5)
     return tuple(int(i) for i in np.sort(order[: int(accepted.sum())]))
 
 
