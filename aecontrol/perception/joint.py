@@ -25,8 +25,10 @@ MISSED = 5.0
 """Standard errors by which a missed column must show in the residual."""
 APART_NM = 0.08
 """No missed column is looked for this close to a column."""
-SAMPLE = 1 << 14
-"""Pixels from which the noise is read."""
+SAMPLE, CLASSES = 1 << 17, 24
+"""Pixels from which the noise is read, and classes of brightness."""
+LEAST = 0.003
+"""Least variance of a pixel, as a share of the brightest one's."""
 
 
 class Patch:
@@ -80,7 +82,12 @@ class Patch:
         return (self.image - model) * self.inside
 
     def step(
-        self, state: State, spot: Spot, pairs: torch.Tensor, shapes: int, weight: torch.Tensor | None = None
+        self,
+        state: State,
+        spot: Spot,
+        pairs: torch.Tensor,
+        shapes: int = 0,
+        weight: torch.Tensor | None = None,
     ) -> tuple[State, Spot, normal.System]:
         """One step of all columns, the background and the first ``shapes`` parameters of the spot (0, 3 or 4).
 
@@ -98,11 +105,11 @@ class Patch:
         force = weight * residual
         common = self.grid.knots_of(force)
         if images is not None:
-            common = torch.cat([common, (images * self.sums(force)).sum((1, 2)) / b**2])
+            common = torch.cat([common, (images.flatten(1) @ self.sums(force).flatten()) / b**2])
         moments = columns.moments(force) * force.new_tensor([1.0, b, b])
         move, shared = system.solve(moments, common)
-        limit = move.new_tensor([coarse.sx, coarse.sy]) * MAX_STEP
-        shift = b * torch.minimum(torch.maximum(move[:, 1:], -limit), limit)
+        limit = move.new_tensor([columns.sx, columns.sy]) * MAX_STEP
+        shift = torch.minimum(torch.maximum(b * move[:, 1:], -limit), limit)
         k = state.knots.numel()
         knots = state.knots + shared[:k].view_as(state.knots)
         state = State(state.a + move[:, 0], state.x + shift[:, 0], state.y + shift[:, 1], knots)
@@ -135,22 +142,28 @@ class Patch:
 def variance(model: torch.Tensor, residual: torch.Tensor) -> tuple[float, float, float]:
     """Variance of every pixel as (v0, g, least): max(v0 + g model, least), v0 + g model >= 0.
 
-    Fitted to the mean squared residual in 16 classes of the model of a sample of pixels.
+    Fitted to the mean squared residual in classes of the model, each weighed with the fit's own error there.
     """
     from scipy.optimize import nnls
 
     stride = max(1, model.numel() // SAMPLE) | 1
-    level, order = torch.sort(model.reshape(-1)[::stride].double())
-    square = residual.reshape(-1)[::stride].double()[order] ** 2
-    groups = min(16, max(2, len(level) // 16))
-    levels = np.array([float(part.mean()) for part in level.tensor_split(groups)])
-    squares = np.array([float(part.mean()) for part in square.tensor_split(groups)])
+    level, square = model.reshape(-1)[::stride], residual.reshape(-1)[::stride] ** 2
+    base, span = float(level.min()), float(level.max() - level.min()) + 1e-30
+    share = ((level - base) / span).clamp(0, 1)
+    # narrow classes where it is dark
+    group = (share.sqrt() * (CLASSES - 1)).round().long()
+    count, shares, squares = (
+        torch.bincount(group, w, minlength=CLASSES).double().cpu().numpy() for w in (None, share, square)
+    )
+    full = count > 0
+    shares, squares, count = shares[full] / count[full], squares[full] / count[full], count[full]
     # the solver's tolerance is absolute: keep its numbers near 1
-    base, span, unit = levels.min(), np.ptp(levels) + 1e-300, squares.max() + 1e-300
-    relative = 1 / np.maximum(squares / unit, 1e-3)  # variances err in proportion to themselves
-    basis = np.stack([np.ones_like(levels), (levels - base) / span], 1) * relative[:, None]
-    v0, gain = nnls(basis, squares / unit * relative)[0]
-    slope = unit * gain / span
+    unit = float(squares.max()) + 1e-300
+    basis, fitted = np.stack([np.ones_like(shares), shares], 1), np.ones_like(shares)
+    for _ in range(3):
+        weight = np.sqrt(count / count.sum()) / np.maximum(fitted, 1e-3 * fitted.max() + 1e-12)
+        v0, slope = nnls(basis * weight[:, None], squares / unit * weight)[0]
+        fitted = v0 + slope * shares
+    gain = unit * float(slope) / span
     # where the model itself is wrong, its squared error poses as gain: never let dark pixels rule the fit altogether
-    least = 0.003 * unit * (v0 + gain * (float(level[-1]) - base) / span) + 1e-300
-    return float(unit * v0 - slope * base), float(slope), float(least)
+    return unit * float(v0) - gain * base, gain, LEAST * unit * float(v0 + slope) + 1e-30

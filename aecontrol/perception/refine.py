@@ -26,10 +26,14 @@ TRUST_NM = 0.06
 """A column that leaves this radius around its start is put back: the fit has lost it."""
 TILE_NM, HALO_NM = 6.5, 0.45
 """Sides of the largest tile and width of its halo, in which columns are fitted but not reported."""
-PILOT_NM = 3.0
+PILOT_NM = 2.0
 """Sides of the square on which the first blur is chosen."""
 FIRST_BLURS_NM = (0.04, 0.06, 0.09)
 STEPS, MORE_STEPS = 4, 3
+"""Of the fit, and again with the columns that it showed to be missing or with the spot's tails."""
+FEW = 4.0
+"""Relative excess of the variance over the inverse Fisher information times the squared significance: measured, from
+10 counts a column up."""
 BRIGHT = 25.0
 """Median intensity over its error from which the tails of the spot can be told."""
 
@@ -168,6 +172,9 @@ def _fit(data: torch.Tensor, x: Floats, y: Floats, pixel_nm: tuple[float, float]
         for _ in range(MORE_STEPS):
             state, spot, system = patch.step(state, spot, pairs, 4 if bright else 3 * free)
     error = system.covariance().diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    # few counts: the likelihood is no parabola, and what is known is read off the same few counts
+    significance = (state.a / error[:, 0]).clamp(min=1.0)
+    error = error * (1 + FEW / significance**2).sqrt()[:, None]
     error = error * error.new_tensor([1.0, patch.bins, patch.bins])
     columns = torch.stack([state.x, state.y, error[:, 1], error[:, 2], state.a, error[:, 0]], 1).double().cpu().numpy()
     background = float(patch.crop(patch.grid.background(state.knots)).mean())
