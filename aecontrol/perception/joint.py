@@ -23,6 +23,8 @@ MAX_STEP = 0.4
 """Blurs: a larger step leaves the region in which the linearised model is true."""
 MISSED = 5.0
 """Standard errors by which a missed column must show in the residual."""
+FAINTEST = 0.05
+"""Nothing dimmer than this share of the median column is a column: it is what the model lacks."""
 APART_NM = 0.08
 """No missed column is looked for this close to a column."""
 SAMPLE, CLASSES = 1 << 17, 24
@@ -132,7 +134,8 @@ class Patch:
         spread = 1.4826 * float(score[known > 0.2 * known.max()].abs().median())
         y, x = (2 * max(1, round(APART_NM / p)) + 1 for p in grid.pixel_nm[::-1])
         top = torch.nn.functional.max_pool2d(score[None, None], (y, x), 1, (y // 2, x // 2))[0, 0]
-        row, col = torch.nonzero((score == top) & (score > MISSED * max(1.0, spread))).T
+        enough = FAINTEST * state.a.median() * (known / area).clamp(min=0).sqrt()
+        row, col = torch.nonzero((score == top) & (score > MISSED * max(1.0, spread)) & (score > enough)).T
         x, y = ((at + 0.5 - grid.margin) * b for at in (col, row))
         near = torch.hypot(*((a[:, None] - at) * p for a, at, p in zip((x, y), (state.x, state.y), self.grid.pixel_nm, strict=True)))
         alone = (near > APART_NM).all(1)
@@ -150,8 +153,8 @@ def variance(model: torch.Tensor, residual: torch.Tensor) -> tuple[float, float,
     level, square = model.reshape(-1)[::stride], residual.reshape(-1)[::stride] ** 2
     base, span = float(level.min()), float(level.max() - level.min()) + 1e-30
     share = ((level - base) / span).clamp(0, 1)
-    # narrow classes where it is dark
-    group = (share.sqrt() * (CLASSES - 1)).round().long()
+    # classes wide enough that errors of the model itself do not sort dark pixels
+    group = (share * (CLASSES - 1)).round().long()
     count, shares, squares = (
         torch.bincount(group, w, minlength=CLASSES).double().cpu().numpy() for w in (None, share, square)
     )

@@ -161,7 +161,7 @@ def _rows(own: torch.Tensor, blocks: torch.Tensor, pairs: torch.Tensor, distance
     source = torch.cat([alone, pairs[:, 0], pairs[:, 1]])
     target = torch.cat([alone, pairs[:, 1], pairs[:, 0]])
     values = torch.cat([own, blocks, blocks.mT])
-    far = torch.cat([torch.zeros_like(distance[:1]).expand(n), distance, distance])
+    far = torch.cat([distance.new_zeros(n), distance, distance])
     order = torch.argsort(far)
     order = order[torch.argsort(source[order], stable=True)]
     source = source[order]
