@@ -1,36 +1,49 @@
-"""Sub-pixel positions: one joint fit of all columns, their common blur and a smooth background.
+"""Sub-pixel positions: one joint fit of all columns, their common spot and a smooth background.
 
-Model: image = sum_j A_j G_s(r - r_j) + b(r), G_s a Gaussian of unit sum, b piecewise bilinear. Fisher scoring on the
-Poisson-like likelihood with variance v(model) = v0 + g model, whose two constants are read off the residuals, so that
-counts and images of unknown gain are treated alike; the normal equations of all parameters are solved by
-preconditioned conjugate gradients and never stored.
+Images are fitted tile by tile with a halo, so that time is proportional to area and memory bounded; the spot is fitted
+on the tile with most columns. What is fitted, and how, is in :mod:`.joint`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    import torch
+
+    from .joint import Patch
+    from .spot import Spot, State
+
 Floats = NDArray[np.float64]
 
-BLUR_RANGE_NM = (0.025, 0.13)
-"""Blur outside this is no atomic column."""
-KNOT_NM = 0.6
-"""Spacing of the background's knots: wide enough not to imitate a column, narrow enough for contamination."""
 TRUST_NM = 0.06
-"""A column that leaves this radius around the network's position is put back: the fit has lost it."""
-STEPS = 6
-SOLVER_STEPS = 20
-WINDOW = 3.2
-"""Half width of a column's window in blurs; the Gaussian there is 0.6 % of its peak."""
+"""A column that leaves this radius around its start is put back: the fit has lost it."""
+TILE_NM, HALO_NM = 6.5, 0.45
+"""Sides of the largest tile and width of its halo, in which columns are fitted but not reported."""
+PILOT_NM = 2.0
+"""Sides of the square on which the first blur is chosen."""
+FIRST_BLURS_NM = (0.04, 0.06, 0.09)
+STEPS, MORE_STEPS = 4, 3
+"""Of the fit, and again with the columns that it showed to be missing or with the spot's tails."""
+FEW = 4.0
+"""Relative excess of the variance over the inverse Fisher information times the squared significance: measured, from
+10 counts a column up."""
+BRIGHT = 25.0
+"""Median intensity over its error from which the tails of the spot can be told."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Fitted columns, n of them; positions and standard errors in pixels, intensities in image units."""
+    """Fitted columns; positions and standard errors in pixels, intensities in image units.
+
+    The first columns are those asked for, in their order; the last ``added`` were found in the residual.
+    """
 
     x: Floats
     y: Floats
@@ -40,213 +53,198 @@ class Fit:
     sigma_intensity: Floats
     background: float
     blur_nm: float | None
+    added: int = 0
+    tail: float = 0.0
+    """Share of the intensity in the spot's tails, 2.5 times as wide as its core."""
+
+    @cached_property
+    def significance(self) -> Floats:
+        """[n] intensity over its standard error."""
+        return self.intensity / np.maximum(self.sigma_intensity, 1e-300)
 
 
-class _Columns:
-    """Windows, shapes and derivatives of all columns at their present positions and blur."""
+@dataclass(frozen=True)
+class _Tile:
+    """Rows and columns of pixels with halo, and the part that is reported: (first, end) each."""
 
-    def __init__(self, shape: tuple[int, int], x: Floats, y: Floats, sx: float, sy: float) -> None:
-        self.shape = shape
-        reach_x, reach_y = int(np.ceil(WINDOW * sx)), int(np.ceil(WINDOW * sy))
-        col, gx, dgx, ggx = _profile(x, sx, reach_x, shape[1])
-        row, gy, dgy, ggy = _profile(y, sy, reach_y, shape[0])
-        n = len(x)
-        self.index = (row[:, :, None] * shape[1] + col[:, None, :]).reshape(n, -1)
-        self.g = (gy[:, :, None] * gx[:, None, :]).reshape(n, -1)
-        self.gx = (gy[:, :, None] * dgx[:, None, :]).reshape(n, -1)
-        self.gy = (dgy[:, :, None] * gx[:, None, :]).reshape(n, -1)
-        # derivative for the logarithm of the blur: both axes scale together
-        self.gs = (gy[:, :, None] * ggx[:, None, :] + ggy[:, :, None] * gx[:, None, :]).reshape(n, -1)
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    core_rows: tuple[float, float]
+    core_cols: tuple[float, float]
 
-    def splat(self, windows: Floats) -> Floats:
-        """Sum of the columns' windows [n, p] as an image."""
-        total = np.bincount(self.index.ravel(), windows.ravel(), minlength=self.shape[0] * self.shape[1])
-        return np.asarray(total.reshape(self.shape), dtype=np.float64)
+    def core(self, x: Floats, y: Floats) -> NDArray[np.bool_]:
+        """Which points are reported by this tile."""
+        (top, bottom), (left, right) = self.core_rows, self.core_cols
+        return (x >= left) & (x < right) & (y >= top) & (y < bottom)
 
-    def gather(self, image: Floats) -> Floats:
-        """Windows [n, p] of an image."""
-        return np.asarray(image.ravel()[self.index])
+    def near(self, x: Floats, y: Floats, slack: tuple[float, float]) -> NDArray[np.bool_]:
+        """Which points shine into the tile."""
+        (top, bottom), (left, right) = self.rows, self.cols
+        inside = (x > left - slack[0]) & (x < right + slack[0]) & (y > top - slack[1]) & (y < bottom + slack[1])
+        return inside | self.core(x, y)
 
 
-def _profile(at: Floats, sigma: float, reach: int, length: int) -> tuple[NDArray[np.int64], Floats, Floats, Floats]:
-    """Pixel numbers [n, w] about ``at`` and there the unit-sum Gaussian, its derivative by position and by log sigma.
-
-    Pixels off the image are clipped to its rim with zero weight.
-    """
-    pixel = np.floor(at).astype(np.int64)[:, None] + np.arange(-reach, reach + 1)
-    d = (pixel + 0.5 - at[:, None]) / sigma
-    g = np.exp(-0.5 * d**2) / (np.sqrt(2 * np.pi) * sigma) * ((pixel >= 0) & (pixel < length))
-    return np.clip(pixel, 0, length - 1), g, g * d / sigma, g * (d**2 - 1)
-
-
-def _hats(length: int, pixel_nm: float) -> Floats:
-    """[length, knots] linear interpolation weights of the background's knots along one axis."""
-    knots = max(2, round(length * pixel_nm / KNOT_NM) + 1)
-    at = (np.arange(length) + 0.5) / length * (knots - 1)
-    return np.asarray(np.maximum(0.0, 1 - np.abs(at[:, None] - np.arange(knots))))
-
-
-@dataclass
-class _State:
-    a: Floats
-    x: Floats
-    y: Floats
-    knots: Floats
-    log_blur: float
-
-
-class _Problem:
-    """The image, its background basis and pixel sizes: what stays fixed during a fit."""
-
-    def __init__(self, image: Floats, pixel_size_nm: tuple[float, float]) -> None:
-        self.image = image
-        self.pixel = pixel_size_nm
-        self.hat_y, self.hat_x = _hats(image.shape[0], pixel_size_nm[1]), _hats(image.shape[1], pixel_size_nm[0])
-
-    def columns(self, s: _State) -> _Columns:
-        blur = float(np.exp(s.log_blur))
-        return _Columns(_shape(self.image), s.x, s.y, blur / self.pixel[0], blur / self.pixel[1])
-
-    def background(self, knots: Floats) -> Floats:
-        return np.asarray(self.hat_y @ knots @ self.hat_x.T)
-
-    def model(self, s: _State, c: _Columns) -> Floats:
-        return c.splat(c.g * s.a[:, None]) + self.background(s.knots)
-
-    def step(self, s: _State, c: _Columns, weight: Floats, residual: Floats, linear: bool) -> _State:
-        """One Fisher-scoring step; ``linear``: amplitudes and background only, which is exact least squares."""
-        n, k = len(s.a), s.knots.size
-        moving = 0.0 if linear else 1.0
-        gx, gy = c.gx * (moving * s.a[:, None]), c.gy * (moving * s.a[:, None])
-        gs = moving * c.splat(c.gs * s.a[:, None])
-
-        def forward(v: Floats) -> Floats:
-            da, dx, dy = v[:n, None], v[n : 2 * n, None], v[2 * n : 3 * n, None]
-            atoms = c.splat(c.g * da + gx * dx + gy * dy)
-            background = self.background(v[3 * n : 3 * n + k].reshape(s.knots.shape))
-            return np.asarray(atoms + background + gs * v[-1])
-
-        def backward(image: Floats) -> Floats:
-            w = c.gather(image)
-            knots = self.hat_y.T @ image @ self.hat_x
-            rows = [np.einsum("np,np->n", j, w) for j in (c.g, gx, gy)]
-            return np.concatenate([*rows, knots.ravel(), [float((gs * image).sum())]])
-
-        local = c.gather(weight)
-        diagonal = np.concatenate(
-            [
-                *(np.einsum("np,np,np->n", j, j, local) for j in (c.g, gx, gy)),
-                (self.hat_y.T**2 @ weight @ self.hat_x**2).ravel(),
-                [float((gs**2 * weight).sum())],
-            ]
-        )
-        v = _conjugate_gradients(lambda u: backward(weight * forward(u)), backward(weight * residual), diagonal)
-        limit = 0.5  # pixels: a larger step leaves the region in which the linearised model is true
-        return _State(
-            s.a + v[:n],
-            s.x + np.clip(v[n : 2 * n], -limit, limit),
-            s.y + np.clip(v[2 * n : 3 * n], -limit, limit),
-            s.knots + v[3 * n : 3 * n + k].reshape(s.knots.shape),
-            float(np.clip(s.log_blur + np.clip(v[-1], -0.2, 0.2), *np.log(BLUR_RANGE_NM))),
-        )
-
-
-def refine(image: Floats, x: Floats, y: Floats, pixel_size_nm: tuple[float, float]) -> Fit:
+def refine(image: NDArray[np.generic], x: Floats, y: Floats, pixel_size_nm: tuple[float, float], device: str = "cpu") -> Fit:
     """Fit columns that start at ``x``, ``y`` (pixels, centre of pixel [0, 0] at (0.5, 0.5)) to ``image`` [rows, cols].
 
-    Positions converge to the Cramer-Rao bound for Gaussian columns in counts. A column that the fit drives further
-    than ``TRUST_NM`` from its start is returned at its start with that radius as its standard error.
+    Positions reach the joint Cramer-Rao bound for counts (:mod:`.bound`). A column that the fit drives further than
+    ``TRUST_NM`` from its start is returned at its start with that radius as its standard error.
     """
+    import torch
+
     if len(x) == 0:
         none = np.zeros(0)
-        return Fit(none, none, none, none, none, none, float(image.mean()), None)
-    problem = _Problem(image, pixel_size_nm)
-    state, residual = _start(problem, x, y)
-    columns = problem.columns(state)
+        return Fit(none, none, none, none, none, none, float(np.mean(image)), None)
+    offset, unit = float(np.median(image)), float(np.std(image)) or 1.0
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    tiles = _tiles(np.shape(image), pixel_size_nm)
+    counts = [tile.core(x, y).sum() for tile in tiles]
+    spot = None
+    parts: list[_Part] = []
+    for k in np.argsort([-c for c in counts], kind="stable"):
+        tile = tiles[k]
+        cut = np.asarray(image[slice(*tile.rows), slice(*tile.cols)], dtype=np.float64)
+        data = torch.as_tensor(((cut - offset) / unit).astype(np.float32), device=device)
+        near = np.flatnonzero(tile.near(x, y, (0.05 / pixel_size_nm[0], 0.05 / pixel_size_nm[1])))
+        if len(near) == 0:
+            continue
+        part = _fit(data, x[near] - tile.cols[0], y[near] - tile.rows[0], pixel_size_nm, spot)
+        spot = part.spot
+        parts.append(part.placed(tile, near, x, y))
+    return _gather(parts, x, y, pixel_size_nm, offset, unit)
+
+
+def _tiles(shape: tuple[int, ...], pixel_nm: tuple[float, float]) -> list[_Tile]:
+    """Equal tiles of at most ``TILE_NM`` that cover the image; the outermost reach beyond it."""
+    axes = []
+    for length, pixel in zip(shape, pixel_nm[::-1], strict=True):
+        number = max(1, math.ceil(length * pixel / TILE_NM))
+        edges = [round(length * k / number) for k in range(number + 1)]
+        halo = math.ceil(HALO_NM / pixel)
+        spans = [((max(0, a - halo), min(length, b + halo)), (float(a), float(b))) for a, b in zip(edges, edges[1:], strict=False)]
+        spans[0] = (spans[0][0], (-math.inf, spans[0][1][1]))
+        spans[-1] = (spans[-1][0], (spans[-1][1][0], math.inf))
+        axes.append(spans)
+    return [_Tile(rows, cols, core_y, core_x) for rows, core_y in axes[0] for cols, core_x in axes[1]]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the fit of one tile found: columns [n, 6] (x, y, sigma x, sigma y, intensity, its sigma; the image's pixels,
+    the fit's units), the number ``who`` of each start (-1: found in the residual), mean background, spot."""
+
+    columns: Floats
+    who: NDArray[np.int64]
+    background: float
+    area: int
+    spot: Spot
+
+    def placed(self, tile: _Tile, near: NDArray[np.int64], x: Floats, y: Floats) -> _Part:
+        """In pixels of the image, numbered like the starts ``x``, ``y``, without the columns of the halo."""
+        columns = self.columns + np.array([tile.cols[0], tile.rows[0], 0, 0, 0, 0])
+        extra = columns[len(near) :]
+        who = np.concatenate([near, np.full(len(extra), -1)])
+        keep = np.concatenate([tile.core(x[near], y[near]), tile.core(extra[:, 0], extra[:, 1])])
+        return replace(self, columns=columns[keep], who=who[keep])
+
+
+def _fit(data: torch.Tensor, x: Floats, y: Floats, pixel_nm: tuple[float, float], spot: Spot | None) -> _Part:
+    """Fit one tile; without ``spot`` the spot too."""
+    import torch
+
+    from .joint import Patch
+    from .spot import Spot
+
+    free = spot is None
+    if spot is None:
+        spot = Spot(math.log(_first_blur(data, x, y, pixel_nm)))
+    patch = Patch(data, pixel_nm, spot.blur_nm)
+    state = patch.start(*(torch.as_tensor(a, dtype=data.dtype, device=data.device) for a in (x, y)))
+    pairs = _pairs(patch, state, spot)
+    state, spot, system = patch.step(state, spot, pairs, 0, _flat(patch))
     for _ in range(STEPS):
-        weight = 1 / _variance(problem.model(state, columns), residual)
-        state = problem.step(state, columns, weight, residual, linear=False)
-        columns = problem.columns(state)
-        residual = image - problem.model(state, columns)
-    return _finish(problem, state, columns, residual, x, y)
+        state, spot, system = patch.step(state, spot, pairs, 3 * free)
+    extra_x, extra_y = patch.missed(state, spot)
+    bright = free and float((state.a / system.covariance()[:, 0, 0].sqrt()).median()) > BRIGHT
+    if len(extra_x) or bright:
+        state = state.joined(extra_x, extra_y)
+        pairs = _pairs(patch, state, spot)
+        for _ in range(MORE_STEPS):
+            state, spot, system = patch.step(state, spot, pairs, 4 if bright else 3 * free)
+    error = system.covariance().diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    # few counts: the likelihood is no parabola, and what is known is read off the same few counts
+    significance = (state.a / error[:, 0]).clamp(min=1.0)
+    error = error * (1 + FEW / significance**2).sqrt()[:, None]
+    error = error * error.new_tensor([1.0, patch.bins, patch.bins])
+    columns = torch.stack([state.x, state.y, error[:, 1], error[:, 2], state.a, error[:, 0]], 1).double().cpu().numpy()
+    background = float(patch.crop(patch.grid.background(state.knots)).mean())
+    return _Part(columns, np.arange(0), background, data.numel(), spot)
 
 
-def _start(problem: _Problem, x: Floats, y: Floats) -> tuple[_State, Floats]:
-    """The best of three blurs with positions held: amplitudes, background and residual."""
-    best: tuple[float, _State, Floats] | None = None
-    knots = np.full((problem.hat_y.shape[1], problem.hat_x.shape[1]), float(np.median(problem.image)))
-    for blur in (0.04, 0.06, 0.09):
-        state = _State(np.zeros(len(x)), x.astype(float), y.astype(float), knots, float(np.log(blur)))
-        columns = problem.columns(state)
-        residual = problem.image - problem.model(state, columns)
-        state = problem.step(state, columns, np.ones_like(problem.image), residual, linear=True)
-        residual = problem.image - problem.model(state, columns)
-        misfit = float((residual**2).sum())
-        if best is None or misfit < best[0]:
-            best = misfit, state, residual
-    assert best is not None
-    return best[1], best[2]
+def _pairs(patch: Patch, state: State, spot: Spot) -> torch.Tensor:
+    """[p, 2] columns whose windows overlap, now or after moving a little."""
+    import torch
+    from scipy.spatial import cKDTree
+
+    from .joint import NARROW
+
+    at = np.stack([state.x.cpu().numpy() * patch.grid.pixel_nm[0], state.y.cpu().numpy() * patch.grid.pixel_nm[1]], 1)
+    reach = 2 * NARROW * spot.blur_nm * 1.2 + 3 * max(patch.coarse.pixel_nm)
+    pairs = cKDTree(at).query_pairs(reach, p=np.inf, output_type="ndarray")
+    pairs = pairs[np.lexsort(pairs.T[::-1])]
+    return torch.as_tensor(pairs, dtype=torch.int64, device=state.x.device)
 
 
-def _variance(model: Floats, residual: Floats) -> Floats:
-    """Variance of every pixel, v0 + g model with v0, g >= 0 fitted to squared residuals in 16 classes of the model."""
-    from scipy.optimize import nnls
-
-    order = np.argsort(model, axis=None)
-    groups = np.array_split(order, min(16, max(2, order.size // 16)))
-    level = np.array([model.ravel()[g].mean() for g in groups])
-    square = np.array([(residual.ravel()[g] ** 2).mean() for g in groups])
-    # the solver's tolerance is absolute: keep its numbers near 1
-    base, span, unit = level.min(), np.ptp(level) + 1e-300, square.max() + 1e-300
-    relative = 1 / np.maximum(square / unit, 1e-3)  # variances err in proportion to themselves
-    basis = np.stack([np.ones_like(level), (level - base) / span], 1) * relative[:, None]
-    v0, gain = nnls(basis, square / unit * relative)[0]
-    variance = unit * (v0 + gain * (model - base) / span)
-    # where the model itself is wrong, its squared error poses as gain: never let dark pixels rule the fit altogether
-    return np.asarray(np.maximum(variance, 0.01 * variance.max() + 1e-300))
+def _flat(patch: Patch) -> torch.Tensor:
+    """Equal weight of all pixels."""
+    return patch.inside / (float(patch.image.square().sum() / patch.inside.sum()) + 1e-30)
 
 
-def _finish(problem: _Problem, s: _State, c: _Columns, residual: Floats, x0: Floats, y0: Floats) -> Fit:
-    weight = c.gather(1 / _variance(problem.model(s, c), residual))
-    j = np.stack([c.g, c.gx * s.a[:, None], c.gy * s.a[:, None]], 1)
-    fisher = np.einsum("nip,njp,np->nij", j, j, weight)
-    scale = np.sqrt(np.maximum(np.einsum("nii->ni", fisher), 1e-300))
-    correlation = fisher / (scale[:, :, None] * scale[:, None, :]) + 1e-9 * np.eye(3)
-    error = np.sqrt(np.maximum(np.einsum("nii->ni", np.linalg.inv(correlation)), 0)) / scale
-    trust = np.array([TRUST_NM / p for p in problem.pixel])
-    lost = np.hypot((s.x - x0) / trust[0], (s.y - y0) / trust[1]) > 1
+def _first_blur(data: torch.Tensor, x: Floats, y: Floats, pixel_nm: tuple[float, float]) -> float:
+    """The best of three blurs with positions held, on the square of ``PILOT_NM`` with most columns."""
+    import torch
+
+    from .joint import Patch
+    from .spot import Spot
+
+    size = [min(n, max(8, round(PILOT_NM / p))) for n, p in zip(data.shape, pixel_nm[::-1], strict=True)]
+    cells = np.stack([np.clip(a // s, 0, max(0, n // s - 1)) for a, s, n in zip((y, x), size, data.shape, strict=True)], 1)
+    which, counts = np.unique(cells, axis=0, return_counts=True)
+    row, col = (which[np.argmax(counts)] * size).astype(int)
+    cut = data[row : row + size[0], col : col + size[1]]
+    near = (cells == which[np.argmax(counts)]).all(1)
+    misfits = []
+    for blur in FIRST_BLURS_NM:
+        patch = Patch(cut, pixel_nm, blur)
+        spot = Spot(math.log(blur))
+        at = (torch.as_tensor(a[near], dtype=data.dtype, device=data.device) for a in (x - col, y - row))
+        state = patch.start(*at)
+        state, spot, _ = patch.step(state, spot, _pairs(patch, state, spot), 0, _flat(patch))
+        misfits.append(float(patch.residual(patch.model(state, spot)[1]).square().sum()))
+    return FIRST_BLURS_NM[int(np.argmin(misfits))]
+
+
+def _gather(parts: list[_Part], x: Floats, y: Floats, pixel_nm: tuple[float, float], offset: float, unit: float) -> Fit:
+    """All tiles' columns, in the order of the starts, added ones last."""
+    added = np.concatenate([part.columns[part.who < 0] for part in parts])
+    columns = np.concatenate([np.zeros((len(x), 6)), added])
+    for part in parts:
+        columns[part.who[part.who >= 0]] = part.columns[part.who >= 0]
+    trust = np.array([TRUST_NM / p for p in pixel_nm])
+    start = np.concatenate([np.stack([x, y], 1), added[:, :2]])
+    lost = np.hypot(*((columns[:, :2] - start) / trust).T) > 1
+    at = np.where(lost[:, None], start, columns[:, :2])
+    sigma = np.where(lost[:, None], trust, np.minimum(columns[:, 2:4], trust))
+    area = sum(part.area for part in parts)
     return Fit(
-        x=np.where(lost, x0, s.x),
-        y=np.where(lost, y0, s.y),
-        sigma_x=np.where(lost, trust[0], np.minimum(error[:, 1], trust[0])),
-        sigma_y=np.where(lost, trust[1], np.minimum(error[:, 2], trust[1])),
-        intensity=s.a,
-        sigma_intensity=error[:, 0],
-        background=float(problem.background(s.knots).mean()),
-        blur_nm=float(np.exp(s.log_blur)),
+        x=at[:, 0],
+        y=at[:, 1],
+        sigma_x=sigma[:, 0],
+        sigma_y=sigma[:, 1],
+        intensity=unit * columns[:, 4],
+        sigma_intensity=unit * columns[:, 5],
+        background=offset + unit * sum(part.background * part.area for part in parts) / area,
+        blur_nm=parts[0].spot.blur_nm,
+        added=len(added),
+        tail=parts[0].spot.tail,
     )
-
-
-def _conjugate_gradients(apply: Callable[[Floats], Floats], right: Floats, diagonal: Floats) -> Floats:
-    """Solve ``apply(v) = right`` for a symmetric positive ``apply``, diagonally preconditioned."""
-    inverse = np.divide(1.0, diagonal, out=np.zeros_like(diagonal), where=diagonal > 0)
-    v = np.zeros_like(right)
-    r = right.copy()
-    z = inverse * r
-    p = z
-    rz = float(r @ z)
-    end = 1e-4 * rz  # one per cent: the next step repairs the rest
-    for _ in range(SOLVER_STEPS):
-        if rz <= end:
-            break
-        q = apply(p)
-        alpha = rz / float(p @ q)
-        v, r = v + alpha * p, r - alpha * q
-        z = inverse * r
-        rz, before = float(r @ z), rz
-        p = z + rz / before * p
-    return v
-
-
-def _shape(image: Floats) -> tuple[int, int]:
-    return image.shape[0], image.shape[1]
