@@ -20,14 +20,13 @@ LEAST_TURN_DEG = 6.0
 
 @dataclass(frozen=True)
 class Columns:
-    """``xy`` [n, 2] nm from the frame's corner and ``weight`` [n], the brightest 1; ``polar``: a ferroelectric."""
+    """``xy`` [n, 2] nm from the frame's corner and ``weight`` [n], the brightest 1."""
 
     xy: Floats
     weight: Floats
-    polar: bool = False
 
     def __getitem__(self, keep: NDArray[np.bool_]) -> Columns:
-        return Columns(self.xy[keep], self.weight[keep], self.polar)
+        return Columns(self.xy[keep], self.weight[keep])
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,14 @@ class _Lattice:
 def single_crystal(rng: np.random.Generator, side: float) -> Columns:
     """One crystal, polar or not, with vacancies, strain and sometimes an edge: nothing in it is a boundary or wall."""
     if rng.random() < 0.35:
-        return _polar(rng, side, lambda at: np.ones(at.shape[:-1]), rng.uniform(0, 360))
+        return polar_crystal(rng, side)
     lattice = _random_lattice(rng)
     return _worn(rng, lattice.columns(side, rng.uniform(0, 360), rng.uniform(0, side, 2)), side)
+
+
+def polar_crystal(rng: np.random.Generator, side: float) -> Columns:
+    """A perovskite of one domain."""
+    return _polar(rng, side, lambda at: np.ones(at.shape[:-1]), rng.uniform(0, 360))
 
 
 def grains(rng: np.random.Generator, side: float) -> tuple[Columns, Distance]:
@@ -102,7 +106,7 @@ def domains(rng: np.random.Generator, side: float) -> tuple[Columns, Distance]:
     """A polar perovskite whose off-centring changes across parallel walls, and the distance from them."""
     turn = rng.uniform(0, 360)
     normal = _turn(turn)[0] if rng.random() < 0.6 else _turn(turn + 45.0)[0]
-    apart, offset = rng.uniform(2.5, 9.0), rng.uniform(0.1, 0.9) * side
+    apart, offset = rng.uniform(2.5, 14.0), rng.uniform(0.1, 0.9) * side
     width, bend = rng.uniform(0.2, 1.0), _bend(rng, side)
 
     def along(at: Floats) -> Floats:
@@ -135,7 +139,7 @@ def _polar(rng: np.random.Generator, side: float, side_of: Distance, turn_deg: f
     shift = (share * one + (1 - share) * other) @ _turn(turn_deg)
     xy = columns.xy + is_b[:, None] * shift + rng.normal(0, rng.uniform(0, 0.005), columns.xy.shape)
     weight = columns.weight * np.exp(rng.normal(0, rng.uniform(0, 0.08), len(xy)))
-    return Columns(xy, weight, polar=True)
+    return Columns(xy, weight)
 
 
 def _random_lattice(rng: np.random.Generator) -> _Lattice:

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from aecontrol.types import Model, Positive
 
-from .region_lattices import Columns, Floats, domains, grains, single_crystal
+from .region_lattices import Columns, Floats, domains, grains, polar_crystal, single_crystal
 from .streams import stream
 
 Family = Literal["particles", "grains", "domains", "crystal"]
@@ -45,6 +45,20 @@ class RegionScene:
     regions: Mapping[str, Region]
 
 
+@dataclass(frozen=True)
+class ColumnScene:
+    """The columns of a crystal as a finder reports them, with its errors, in place of an image.
+
+    ``xy_nm`` [n, 2] from the corner of a frame of ``size_nm`` (width, height); ``intensity`` [n]; ``regions`` as in
+    :class:`RegionScene`.
+    """
+
+    xy_nm: Floats
+    intensity: Floats
+    size_nm: tuple[float, float]
+    regions: Mapping[str, Region]
+
+
 class RegionScenes(Model):
     """Convex particles on a mottled film, grain boundaries of many lattices, walls in polar perovskites, and single
     crystals without any of them.
@@ -54,55 +68,56 @@ class RegionScenes(Model):
 
     kind: Literal["regions"] = "regions"
     families: tuple[Family, ...] = Field(
-        ("particles", "grains", "domains", "crystal"), min_length=1, description="drawn with equal chance each"
+        ("particles", "grains", "grains", "domains", "crystal"),
+        min_length=1,
+        description="drawn with equal chance each",
     )
     particle_side_nm: Positive = Field(13.0, description="side of a scene of particles, nm")
     particle_pixel_nm: tuple[Positive, Positive] = Field((0.04, 0.2), description="its smallest and largest pixel, nm")
     lattice_side_nm: Positive = Field(6.5, description="side of a scene that shows a lattice, nm")
     lattice_pixel_nm: tuple[Positive, Positive] = Field((0.02, 0.08), description="its smallest and largest pixel, nm")
     counts: tuple[Positive, Positive] = Field((10.0, 1e4), description="range of the brightest column's counts")
-    domain_counts: tuple[Positive, Positive] = Field((200.0, 1e5), description="the same for polar crystals")
+    domain_side_nm: Positive = Field(20.0, description="largest side of a scene of polar domains, nm")
+    error_nm: tuple[Positive, Positive] = Field((0.001, 0.04), description="range of its columns' position errors, nm")
     blur_nm: tuple[Positive, Positive] = Field((0.035, 0.07), description="range of the columns' standard deviation")
     boundary_nm: Positive = Field(0.35, description="a place this close to a grain boundary is in it, nm")
     wall_nm: Positive = Field(0.5, description="a place this close to a domain wall is in it, nm")
 
-    def render(self, seed: int, index: int) -> RegionScene:
+    def render(self, seed: int, index: int) -> RegionScene | ColumnScene:
         """Scene ``index`` of stream ``seed``; the same numbers give the same scene in any process. Cannot fail."""
         rng = stream(seed, "region-scene", index)
         family = self.families[rng.integers(len(self.families))]
         if family == "particles":
             return self._particles(rng)
+        if family == "domains":
+            return self._domains(rng)
         if family == "crystal" and rng.random() < 0.25:
             return self._crystal_seen_small(rng)
         side = self.lattice_side_nm
         if family == "grains":
             columns, distance = grains(rng, side)
-            regions = {"boundary": _near(distance, self.boundary_nm), "wall": _nowhere}
-        elif family == "domains":
-            columns, distance = domains(rng, side)
-            regions = {"wall": _near(distance, self.wall_nm), "boundary": _nowhere}
+            region = _near(distance, self.boundary_nm)
         else:
-            columns = single_crystal(rng, side)
-            regions = {"wall": _nowhere, "boundary": _nowhere}
-        image, pixel = self._lattice_image(rng, columns, side, self.domain_counts if columns.polar else self.counts)
-        return RegionScene(image, (pixel, pixel), regions)
+            columns, region = single_crystal(rng, side), _nowhere
+        image, pixel = self._lattice_image(rng, columns, side)
+        return RegionScene(image, (pixel, pixel), {"boundary": region})
 
     def held_out(self) -> dict[str, RegionScenes]:
         """Named conditions for a model card: each kind of region, grains and domains by dose."""
         conditions: dict[str, dict[str, object]] = {"particles": {"families": ("particles",)}}
         for counts in (30.0, 300.0):
             conditions[f"grains, {counts:g} counts"] = {"families": ("grains",), "counts": (counts, counts)}
-        for counts in (1e3, 1e4, 1e5):
-            conditions[f"domains, {counts:g} counts"] = {"families": ("domains",), "domain_counts": (counts, counts)}
+        for error in (0.003, 0.01, 0.02):
+            conditions[f"domains, errors {error:g} nm"] = {"families": ("domains",), "error_nm": (error, error)}
         conditions["crystal"] = {"families": ("crystal",)}
         return {name: self.model_copy(update=change) for name, change in conditions.items()}
 
     def _lattice_image(
-        self, rng: np.random.Generator, columns: Columns, side: float, doses: tuple[float, float]
+        self, rng: np.random.Generator, columns: Columns, side: float
     ) -> tuple[NDArray[np.float32], float]:
         pixel = _log_uniform(rng, *self.lattice_pixel_nm)
         n = round(side / pixel)
-        blur, counts = _log_uniform(rng, *self.blur_nm), _log_uniform(rng, *doses)
+        blur, counts = _log_uniform(rng, *self.blur_nm), _log_uniform(rng, *self.counts)
         expected = counts * _gaussians(rng, columns, n, pixel, blur)
         peak = counts * pixel**2 / (2 * np.pi * blur**2)
         background = peak * (rng.uniform(0.005, 0.1) + _log_uniform(rng, 0.01, 0.5) * _ramp(rng, n))
@@ -111,6 +126,19 @@ class RegionScenes(Model):
         if rng.random() < 0.3:  # thickness varies
             expected *= np.maximum(1 + rng.uniform(0, 0.4) * _field(rng, n, 3.0 / pixel), 0.2)
         return _detect(rng, expected + background), pixel
+
+    def _domains(self, rng: np.random.Generator) -> ColumnScene:
+        """Polar domains or, in a third of the scenes, one crystal; some columns missed."""
+        side = self.domain_side_nm * rng.uniform(0.3, 1.0)
+        columns, region = polar_crystal(rng, side), _nowhere
+        if rng.random() < 0.67:
+            columns, distance = domains(rng, side)
+            region = _near(distance, self.wall_nm)
+        inside = np.all((columns.xy > 0) & (columns.xy < side), axis=1)
+        found = columns[inside & (rng.random(len(columns.xy)) > rng.choice([0.0, rng.uniform(0, 0.1)]))]
+        error = _log_uniform(rng, *self.error_nm) / np.sqrt(found.weight)  # that of the brighter sublattice
+        xy = found.xy + rng.normal(0, 1, found.xy.shape) * error[:, None]
+        return ColumnScene(xy, found.weight, (side, side), {"wall": region})
 
     def _crystal_seen_small(self, rng: np.random.Generator) -> RegionScene:
         """A crystal that fills the frame, or its edge, as a search for particles sees it: there are none."""

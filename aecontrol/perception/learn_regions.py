@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from zlib import crc32
 
 import numpy as np
@@ -22,9 +22,9 @@ from aecontrol.registry import build_part, validate
 from aecontrol.types import PositiveInt
 
 from .learn_atoms import HELD_OUT
-from .regions import RegionFinder
+from .regions import RegionFinder, outline
 from .train import Batch, Progress, Training, fit, forget_checkpoints
-from .views import CLASSES, PIXEL_NM, View, view
+from .views import CLASSES, PIXEL_NM, View, grid, of_columns, view
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,10 +52,31 @@ class Scene(Protocol):
         """Class -> which of the places [..., 2] (x, y; nm from the frame's corner) are in it. All of one view."""
 
 
+@runtime_checkable
+class ColumnScene(Protocol):
+    """Found columns and where their regions are: see ``simulators.regions.ColumnScene``."""
+
+    @property
+    def xy_nm(self) -> NDArray[np.float64]:
+        """[n, 2] from the frame's corner."""
+
+    @property
+    def intensity(self) -> NDArray[np.float64]:
+        """[n]."""
+
+    @property
+    def size_nm(self) -> tuple[float, float]:
+        """(width, height) of the frame."""
+
+    @property
+    def regions(self) -> Mapping[str, Callable[[NDArray[np.float64]], Mask]]:
+        """As of a scene."""
+
+
 class Scenes(Protocol):
     """Where training images come from (entry-point group ``aecontrol.scenes``)."""
 
-    def render(self, seed: int, index: int) -> Scene:
+    def render(self, seed: int, index: int) -> Scene | ColumnScene:
         """Scene ``index`` of stream ``seed``: pure, the same in any process."""
 
     def held_out(self) -> Mapping[str, Scenes]:
@@ -106,10 +127,18 @@ class RegionLessons:
         return entropy + 0.5 * (1 - (2 * both + 1) / (either + 1)).mean()
 
 
-def lesson(scene: Scene) -> tuple[View, NDArray[np.float32]]:
-    """A scene in the view in which its regions are seen, and the map [classes, h, w] of them."""
-    scale = next(CLASSES[name] for name in scene.regions)
-    seen = view(scene.image.astype(np.float64), scene.pixel_size_nm, scale)
+def lesson(scene: Scene | ColumnScene) -> tuple[View, NDArray[np.float32]]:
+    """A scene in the view in which its regions are seen, and the map [classes, h, w] of them.
+
+    Of columns, the view is the one in which their off-centring varies most.
+    """
+    if isinstance(scene, ColumnScene):
+        shape, pixel = grid(scene.size_nm, "columns")
+        nothing = View(np.zeros(shape, dtype=np.float32), pixel)
+        seen = [*of_columns(scene.xy_nm, scene.intensity, scene.size_nm), nothing][0]
+    else:
+        scale = next(CLASSES[name] for name in scene.regions)
+        seen = view(scene.image.astype(np.float64), scene.pixel_size_nm, scale)
     rows, cols = ((np.arange(n) + 0.5) * p for n, p in zip(seen.image.shape, seen.pixel_yx_nm, strict=True))
     places = np.stack(np.meshgrid(cols, rows), axis=-1)
     maps = np.full((len(CLASSES), *seen.image.shape), UNTOLD, dtype=np.float32)
@@ -193,11 +222,11 @@ def evaluate(finder: RegionFinder, scenes: Scenes, seed: int, count: int) -> dic
         counts = {kind: np.zeros(3) for kind in CLASSES}
         for index in range(count):
             scene = condition.render(stream, index)
-            truth = lesson(scene)[1]
-            got = finder.find(scene.image, scene.pixel_size_nm)
+            seen, truth = lesson(scene)
             for channel, kind in enumerate(CLASSES):
                 if kind in scene.regions:
-                    found, there = got.maps[kind].labels > 0, truth[channel] > 0
+                    heat = finder.probability(kind, seen.image)
+                    found, there = outline(heat, seen.pixel_yx_nm, kind, (1.0, 1.0))[0].labels > 0, truth[channel] > 0
                     counts[kind] += [(found & there).sum(), found.sum(), there.sum()]
         table[name] = {kind: _rates(*values) for kind, values in counts.items() if values.any()}
     return table

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from aecontrol.errors import BadInput
 
 from . import views
+from .polar import Columns
 
 if TYPE_CHECKING:
     from torch import nn
@@ -152,35 +153,54 @@ class RegionFinder:
             ) from error
         return members
 
-    def find(self, image: NDArray[np.generic], pixel_size_nm: tuple[float, float]) -> Regions:
+    def find(
+        self, image: NDArray[np.generic], pixel_size_nm: tuple[float, float], columns: Columns | None = None
+    ) -> Regions:
         """Regions of ``image`` [rows, cols] with pixels ``pixel_size_nm`` (x, y).
 
-        A class that the image is too coarse or too small for is not judged. Deterministic. Raises BadInput for an
-        image that is not 2-D and finite, and for one in which no class can be judged.
+        ``columns``: the atoms found in it, from which domain walls are read. A class that cannot be judged (no columns,
+        image too coarse or too small) is named with the reason. Deterministic. Raises BadInput for an image that is not
+        2-D and finite, and for one in which no class can be judged.
         """
         data = views.checked(image, pixel_size_nm)
-        maps: dict[str, ClassMap] = {}
-        regions: list[Region] = []
         reasons = {kind: views.why_not(data.shape, pixel_size_nm, scale) for kind, scale in views.CLASSES.items()}
         if all(reasons.values()):
             raise BadInput("; ".join(sorted(set(reasons.values()))), "scan a larger window with finer pixels")
-        for scale in dict.fromkeys(scale for kind, scale in views.CLASSES.items() if not reasons[kind]):
-            seen = views.view(data, pixel_size_nm, scale)
-            heat = self._heat(seen.image)
-            for channel, (kind, shown_at) in enumerate(views.CLASSES.items()):
-                if shown_at == scale:
-                    maps[kind], found = outline(heat[channel], seen.pixel_yx_nm, kind, pixel_size_nm)
-                    regions += found
+        maps: dict[str, ClassMap] = {}
+        regions: list[Region] = []
+        for kind, scale in views.CLASSES.items():
+            if not reasons[kind] and scale == "columns":
+                seen, reasons[kind] = _views_of_columns(columns, data.shape, pixel_size_nm)
+            elif not reasons[kind]:
+                seen = [views.view(data, pixel_size_nm, scale)]
+            if not reasons[kind]:
+                heat = np.max([self.probability(kind, one.image) for one in seen], axis=0)
+                maps[kind], found = outline(heat, seen[0].pixel_yx_nm, kind, pixel_size_nm)
+                regions += found
         return Regions(data.shape, pixel_size_nm, maps, tuple(regions), {k: why for k, why in reasons.items() if why})
 
-    def _heat(self, image: Maps) -> Maps:
-        """Mean probabilities [classes, h, w] of the ensemble."""
+    def probability(self, kind: str, image: Maps) -> Maps:
+        """Mean probability [h, w] of a class, of the ensemble, in a view [h, w] of the kind that shows this class."""
         import torch
 
         from . import nets
 
+        channel = list(views.CLASSES).index(kind)
         on_device = torch.from_numpy(image).to(self._device)
-        return np.asarray(np.mean([nets.probability(net, on_device).cpu().numpy() for net in self._members], axis=0))
+        seen = [nets.probability(net, on_device)[channel].cpu().numpy() for net in self._members]
+        return np.asarray(np.mean(seen, axis=0))
+
+
+def _views_of_columns(
+    columns: Columns | None, shape: tuple[int, ...], pixel_size_nm: tuple[float, float]
+) -> tuple[list[views.View], str]:
+    """The views of found columns, or why there are none."""
+    if columns is None:
+        return [], "it is read from columns: find the atoms first"
+    xy_nm = np.stack([columns.x_px, columns.y_px], axis=1) * pixel_size_nm
+    size_nm = (shape[1] * pixel_size_nm[0], shape[0] * pixel_size_nm[1])
+    seen = views.of_columns(xy_nm, columns.intensity, size_nm)
+    return seen, "" if seen else "too few columns have the four neighbours that a perovskite has along [001]"
 
 
 def outline(

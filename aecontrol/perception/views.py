@@ -1,4 +1,5 @@
-"""Images as the region network wants them: one view for particles, a finer one that resolves the lattice."""
+"""Images as the region network wants them: one view for particles, a finer one that resolves the lattice, and a
+map of the off-centring of its columns."""
 
 from __future__ import annotations
 
@@ -11,14 +12,15 @@ from numpy.typing import NDArray
 
 from aecontrol.errors import BadInput
 
-from . import sampling
+from . import polar, sampling
 
-Scale = Literal["particles", "lattice"]
-CLASSES: Mapping[str, Scale] = {"particle": "particles", "boundary": "lattice", "wall": "lattice"}
+Scale = Literal["particles", "lattice", "columns"]
+CLASSES: Mapping[str, Scale] = {"particle": "particles", "boundary": "lattice", "wall": "columns"}
 """What is looked for, in the order of the network's channels, and the view in which it is."""
-PIXEL_NM: Mapping[Scale, float] = {"particles": 0.12, "lattice": 0.06}
-"""Pixel size of each view: several pixels across the smallest particle; two across the closest columns."""
-COARSEST_NM: Mapping[Scale, float] = {"particles": 0.5, "lattice": 0.1}
+PIXEL_NM: Mapping[Scale, float] = {"particles": 0.12, "lattice": 0.06, "columns": 0.2}
+"""Pixel size of each view: several pixels across the smallest particle; two across the closest columns; half of
+a perovskite's cell."""
+COARSEST_NM: Mapping[Scale, float] = {"particles": 0.5, "lattice": 0.1, "columns": 0.1}
 """Images with larger pixels do not show it."""
 LEAST_PX = 16
 """Shortest side of a usable view."""
@@ -51,6 +53,20 @@ def why_not(shape: tuple[int, ...], pixel_size_nm: tuple[float, float], scale: S
     return f"the image is {side:.3g} nm wide or high, less than {least:.2g} nm" if side < least else ""
 
 
+def grid(size_nm: tuple[float, float], scale: Scale) -> tuple[tuple[int, int], tuple[float, float]]:
+    """(rows, columns) of a view of a frame of ``size_nm`` (width, height), and the pixel (y, x) that fits, nm."""
+    rows, cols = (max(1, round(side / PIXEL_NM[scale])) for side in size_nm[::-1])
+    return (rows, cols), (size_nm[1] / rows, size_nm[0] / cols)
+
+
+def of_columns(xy_nm: NDArray[np.float64], intensity: NDArray[np.float64], size_nm: tuple[float, float]) -> list[View]:
+    """The views in which walls are looked for, of columns [n, 2] in a frame: see ``polar.maps``. Empty when too few of
+    the columns are those of a perovskite along [001]."""
+    shape, pixel = grid(size_nm, "columns")
+    made = polar.maps(polar.off_centring(xy_nm, intensity), shape, pixel)
+    return [] if made is None else [View(image, pixel) for image in made]
+
+
 def view(image: NDArray[np.float64], pixel_size_nm: tuple[float, float], scale: Scale) -> View:
     """A checked image, brought to the scale's pixels (triangular kernel; linear interpolation of coarser ones).
 
@@ -59,9 +75,7 @@ def view(image: NDArray[np.float64], pixel_size_nm: tuple[float, float], scale: 
     """
     import torch
 
-    size = (pixel_size_nm[1], pixel_size_nm[0])
-    shape = tuple(max(1, round(n * p / PIXEL_NM[scale])) for n, p in zip(image.shape, size, strict=True))
-    pixel = (image.shape[0] * size[0] / shape[0], image.shape[1] * size[1] / shape[1])
+    shape, pixel = grid((image.shape[1] * pixel_size_nm[0], image.shape[0] * pixel_size_nm[1]), scale)
     middle = float(np.median(image))
     spread = float(np.abs(image - middle).max())
     if spread <= 1e-9 * max(abs(middle), 1e-300):
