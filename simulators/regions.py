@@ -130,7 +130,8 @@ class RegionScenes(Model):
     def _domains(self, rng: np.random.Generator) -> ColumnScene:
         """Polar domains or, in a third of the scenes, one crystal; some columns missed."""
         side = self.domain_side_nm * rng.uniform(0.3, 1.0)
-        columns, region = polar_crystal(rng, side), _nowhere
+        columns = polar_crystal(rng, side)
+        region: Region = _nowhere
         if rng.random() < 0.67:
             columns, distance = domains(rng, side)
             region = _near(distance, self.wall_nm)
@@ -154,7 +155,8 @@ class RegionScenes(Model):
         """Up to nine particles, which may touch or leave the frame, on a film that may have an edge."""
         n = round(self.particle_side_nm / _log_uniform(rng, *self.particle_pixel_nm))
         pixel = self.particle_side_nm / n
-        place: Floats = pixel * (np.stack(np.meshgrid(np.arange(n), np.arange(n)), -1) + 0.5)
+        ticks = pixel * (np.arange(n) + 0.5)
+        place: Floats = np.stack(np.meshgrid(ticks, ticks), axis=-1)
         largest = _log_uniform(rng, 1.5, 14)
         solids = [_Solid.random(rng, largest, self.particle_side_nm) for _ in range(rng.integers(10))]
         film = np.maximum(1 + rng.uniform(0, 0.3) * _field(rng, n, _log_uniform(rng, 0.4, 3) / pixel), 0.05)
@@ -164,7 +166,7 @@ class RegionScenes(Model):
             film /= 1 + np.exp(-np.clip(across / rng.uniform(0.1, 1.0), -50, 50))
         contrast = _log_uniform(rng, 0.15, 8.0)  # of 1 nm of the particle, in units of the film
         blur = rng.uniform(0.03, 0.25)
-        expected: Floats = np.maximum(film, 0.02)
+        expected = np.asarray(np.maximum(film, 0.02), dtype=np.float64)
         for solid in solids:
             expected = expected + contrast * solid.brightness(rng, place, blur)
         from scipy.ndimage import gaussian_filter

@@ -235,7 +235,7 @@ def evaluate(finder: RegionFinder, scenes: Scenes, seed: int, count: int) -> dic
 def _rates(both: float, found: float, there: float) -> dict[str, float]:
     """Of counts of pixels; 0 where nothing is found or there."""
     return {
-        "precision": round(both / max(found, 1), 4),
-        "recall": round(both / max(there, 1), 4),
-        "iou": round(both / max(found + there - both, 1), 4),
+        "precision": round(float(both / max(found, 1)), 4),
+        "recall": round(float(both / max(there, 1)), 4),
+        "iou": round(float(both / max(found + there - both, 1)), 4),
     }

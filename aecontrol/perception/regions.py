@@ -230,8 +230,8 @@ def outline(
             Region(
                 kind,
                 len(regions) + 1,
-                x / image_pixel_nm[0],
-                y / image_pixel_nm[1],
+                float(x / image_pixel_nm[0]),
+                float(y / image_pixel_nm[1]),
                 area,
                 length,
                 float(probability[box][inside].mean()),

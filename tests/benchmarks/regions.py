@@ -52,7 +52,7 @@ SPECIMENS: dict[str, tuple[str, dict[str, Any], float, int, tuple[float, ...]]] 
 """Name -> class looked for, specimen, field of view (nm), pixels a side, dwell times (s; 30 pA)."""
 REAL = {
     "Au_NP_Velox_HAADF.emd": None,
-    "graphene_flower_HRTEM.tif": 0.0125,  # not stated in the file: from the lattice, 0.213 nm = 17 px
+    "graphene_flower_HRTEM.tif": 0.024,  # not stated in the file: 0.246 nm between hexagons are 10.2 px
     "PTO_SRO_supercrystal_HAADF.hspy": None,
 }
 
