@@ -297,10 +297,28 @@ def train_atoms_command(
     json_out: Json = False,
 ) -> None:
     """Train the atom finder on simulated scenes."""
+    from aecontrol.perception.learn_atoms import train_from_toml
+
+    _train(train_from_toml, config, out, device, json_out)
+
+
+@train_app.command("regions")
+def train_regions_command(
+    config: Annotated[Path, typer.Argument(help="a training TOML file; see configs/train_regions.toml")],
+    out: Annotated[Path, typer.Option(help="folder for weights and model card")] = Path("weights"),
+    device: Device = "auto",
+    json_out: Json = False,
+) -> None:
+    """Train the finder of particles, grain boundaries and domain walls on simulated scenes."""
+    from aecontrol.perception.learn_regions import train_from_toml
+
+    _train(train_from_toml, config, out, device, json_out)
+
+
+def _train(train: Callable[..., dict[str, Any]], config: Path, out: Path, device: str, json_out: bool) -> None:
+    """Train with a progress bar on stderr and print the card, or its metrics."""
     from rich.console import Console
     from rich.progress import Progress
-
-    from aecontrol.perception.learn_atoms import train_from_toml
 
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("training", total=None)
@@ -308,7 +326,7 @@ def train_atoms_command(
         def show(step: int, steps: int, loss: float) -> None:
             bar.update(task, completed=step, total=steps, description=f"training, loss {loss:.4f}")
 
-        card = train_from_toml(config, out, _torch_device(device), show)
+        card = train(config, out, _torch_device(device), show)
     print(json.dumps(card) if json_out else f"{out}: {json.dumps(card.get('metrics', card), indent=1)}")
 
 
