@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from aecontrol.errors import BadInput
 
-from . import refine, sampling
+from . import complete, refine, sampling
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .windows import Progress
 
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
 HEAT_SIGMA_NM = 0.035
 """Width of the Gaussian that the network is trained to put on each centre."""
@@ -33,7 +34,7 @@ GATHER_NM = 0.075
 
 @dataclass(frozen=True)
 class Found:
-    """Atoms (columns) of one image, n of them, brightest heat first.
+    """Atoms (columns) of one image, n of them, most certain first.
 
     Positions are fractional pixels of the given image: the centre of pixel [0, 0] is (0.5, 0.5). Image units are those
     of the image: counts, if it holds counts.
@@ -42,7 +43,8 @@ class Found:
     x_px: Floats
     y_px: Floats
     confidence: Floats
-    """[n] expected number of atoms near the peak according to the network, at most 1."""
+    """[n] expected number of atoms near the peak according to the network, at most 1; on a site of a crystal the
+    posterior probability that it holds one."""
     sigma_x: Floats
     """[n] standard error of x, px (inverse Fisher information with the atom's intensity free; neighbours fixed)."""
     sigma_y: Floats
@@ -55,6 +57,8 @@ class Found:
     """[n] mutual information of the ensemble about the atom's existence, nat: 0 where the networks agree."""
     spread_nm: Floats
     """[n] root mean square distance of the networks' own positions from their mean, nm."""
+    completed: Bools
+    """[n] True for atoms that the network did not see and the image, where a crystal or the fit pointed to, bears out."""
     background: float
     """Mean fitted background per pixel, image units."""
     blur_nm: float | None
@@ -109,7 +113,7 @@ class AtomFinder:
     ) -> Found:
         """Atoms of ``image`` [rows, cols], pixels ``pixel_size_nm`` (x, y), with at least ``threshold`` confidence.
 
-        Not ``refined``: positions are the network's own, and intensities and all standard errors NaN. ``progress`` is
+        In crystals every site is judged by its counts (:mod:`.complete`). Not ``refined``: positions are the network's own, and intensities and all standard errors NaN. ``progress`` is
         told of the windows that the network has read. Deterministic; does not depend on the image's gain and offset.
         Raises BadInput for an image that is not 2-D, not finite, too coarse (0.13 nm) or too small (0.24 nm).
         """
@@ -117,32 +121,10 @@ class AtomFinder:
         heats = self._heats(resampled, progress)
         scale_y, scale_x = resampled.scale
         pixel_yx = (pixel_size_nm[1] * scale_y, pixel_size_nm[0] * scale_x)
-        peaks = decode(heats, pixel_yx, threshold)
         if not refined:
-            return _unrefined(peaks, resampled)
-        bin_y, bin_x = resampled.bins
-        fit = refine.refine(
-            resampled.binned,
-            peaks.cols * scale_x / bin_x,
-            peaks.rows * scale_y / bin_y,
-            (pixel_size_nm[0] * bin_x, pixel_size_nm[1] * bin_y),
-        )
-        # an atom outside the frame may shine into it and help the fit, but is not in the image
-        height, width = resampled.binned.shape
-        inside = (fit.x >= 0) & (fit.x <= width) & (fit.y >= 0) & (fit.y <= height)
-        return Found(
-            x_px=fit.x[inside] * bin_x,
-            y_px=fit.y[inside] * bin_y,
-            confidence=peaks.confidence[inside],
-            sigma_x=fit.sigma_x[inside] * bin_x,
-            sigma_y=fit.sigma_y[inside] * bin_y,
-            intensity=fit.intensity[inside],
-            sigma_intensity=fit.sigma_intensity[inside],
-            disagreement=peaks.disagreement[inside],
-            spread_nm=peaks.spread_nm[inside],
-            background=fit.background / (bin_x * bin_y),
-            blur_nm=fit.blur_nm,
-        )
+            return _unrefined(decode(heats, pixel_yx, threshold), resampled)
+        # a crystal may bear out what the network alone would not
+        return _refined(decode(heats, pixel_yx, 0.5 * threshold), resampled, pixel_size_nm, threshold)
 
     def _heats(self, resampled: sampling.Resampled, progress: Progress | None) -> NDArray[np.float32]:
         from . import windows
@@ -161,6 +143,42 @@ def _share(progress: Progress | None, k: int, members: int) -> Progress | None:
     return lambda done, total: progress(k * total + done, members * total)
 
 
+def _refined(
+    peaks: Peaks, resampled: sampling.Resampled, pixel_size_nm: tuple[float, float], threshold: float
+) -> Found:
+    """Peaks, and the sites of the crystals that they form, as the counts show them."""
+    bins = np.array(resampled.bins[::-1])
+    pixel = np.array(pixel_size_nm) * bins
+    at = np.stack([peaks.cols, peaks.rows], 1) * resampled.scale[::-1] * pixel_size_nm
+    pixel_nm = (float(pixel[0]), float(pixel[1]))
+    starts = complete.complete(resampled.binned, pixel_nm, at, peaks.confidence, threshold)
+    fit = refine.refine(resampled.binned, *(starts.xy / pixel).T, pixel_nm)
+    n, more = len(starts.xy), fit.added
+    xy, sigma = np.stack([fit.x, fit.y], 1) * pixel, np.stack([fit.sigma_x, fit.sigma_y], 1) * pixel
+    xy[:n], sigma[:n] = starts.settled(xy[:n], sigma[:n])
+    # an atom outside the frame may shine into it and help the fit, but is not in the image
+    inside = ((xy >= 0) & (xy <= np.array(resampled.binned.shape[::-1]) * pixel)).all(1)
+    confidence = np.append(starts.confidence, np.ones(more))
+    rows = np.flatnonzero(inside)[np.argsort(-confidence[inside], kind="stable")]
+    # row -1, of what the network did not see, is the zero appended
+    peak = np.append(starts.peak, np.full(more, -1))[rows]
+    (x, y), (sigma_x, sigma_y) = (xy / pixel_size_nm)[rows].T, (sigma / pixel_size_nm)[rows].T
+    return Found(
+        x_px=x,
+        y_px=y,
+        confidence=confidence[rows],
+        sigma_x=sigma_x,
+        sigma_y=sigma_y,
+        intensity=fit.intensity[rows],
+        sigma_intensity=fit.sigma_intensity[rows],
+        disagreement=np.append(peaks.disagreement, 0.0)[peak],
+        spread_nm=np.append(peaks.spread_nm, 0.0)[peak],
+        completed=peak < 0,
+        background=fit.background / float(bins.prod()),
+        blur_nm=fit.blur_nm,
+    )
+
+
 def _unrefined(peaks: Peaks, resampled: sampling.Resampled) -> Found:
     """What the network alone says."""
     unknown = np.full(len(peaks.rows), np.nan)
@@ -176,6 +194,7 @@ def _unrefined(peaks: Peaks, resampled: sampling.Resampled) -> Found:
         sigma_intensity=unknown,
         disagreement=peaks.disagreement,
         spread_nm=peaks.spread_nm,
+        completed=np.zeros(len(peaks.rows), dtype=bool),
         background=background,
         blur_nm=None,
     )
