@@ -171,8 +171,11 @@ def _look(data: Floats, pixel: tuple[float, float], pool: _Pool, xy: Floats, blu
     other = np.setdiff1d(np.arange(len(xy)), pool.peak)
     columns = np.concatenate([pool.xy, xy[other]])
     fit = AmplitudeFit(data, pixel, columns, np.zeros(len(columns)), blur, spacing)
-    _, kind = np.unique(np.stack([pool.grain, pool.site], 1), axis=0, return_inverse=True)
-    kind = np.concatenate([kind.ravel(), np.full(len(other), -1)])
+    _, kind, number = np.unique(
+        np.stack([pool.grain, pool.site], 1), axis=0, return_inverse=True, return_counts=True
+    )
+    few = number[kind.ravel()] <= _AROUND
+    kind = np.concatenate([np.where(few, -1, kind.ravel()), np.full(len(other), -1)])
     filled = occupation(fit, kind, kind >= 0)
     probability = 1 - filled.probability[:n, 0]
     step, error = fit.moves(np.concatenate([filled.level[:n], np.maximum(fit.amplitude[n:], 0.0)]))
@@ -181,7 +184,7 @@ def _look(data: Floats, pixel: tuple[float, float], pool: _Pool, xy: Floats, blu
     held = (probability[around] > 0.5).mean(1) > _HELD
     allowed = 4 * error[around] ** 2 + (_OFF * spacing) ** 2
     straight = np.mean((step[around] ** 2).sum(2) / allowed, axis=1) < 1
-    inside = held & straight
+    inside = held & straight & ~few
     significance = filled.amplitude[n:] / filled.sigma[n:]
     return _View(
         fit.blur, probability, inside & (probability > 0.5), inside, filled.amplitude[:n], step, error, other,
@@ -229,8 +232,9 @@ def _chosen(
         between = cKDTree(pool.xy[view.inside]).query(xy[view.other])[0] < 1.5 * spacing
     real = view.other[(confidence[view.other] >= threshold) & (~between | (view.significance > _PHANTOM))]
     found = _as_found(xy, confidence, real)
-    start = np.where(pool.peak >= 0, pool.peak, 0)
-    at = np.where((view.inside | (pool.peak < 0))[:, None], pool.xy, xy[start])
+    # what is seen well starts where it was seen
+    surely = (said >= threshold) & ((view.error < UNSURE_NM) | ~view.inside)
+    at = np.where(surely[:, None], xy[pool.peak], pool.xy)
     return Candidates(
         np.concatenate([at[keep], found.xy]),
         np.concatenate([certain[keep], found.confidence]),

@@ -31,6 +31,9 @@ MERGE_NM = 0.06
 GATHER_NM = 0.075
 """Heat within this radius of a peak belongs to its atom: about half the closest spacing known here (C-C, 0.142 nm)."""
 
+ADDED = 5.0
+"""Standard errors of the intensity from which a column that only the residual shows is an atom."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -158,6 +161,7 @@ def _refined(
     xy[:n], sigma[:n] = starts.settled(xy[:n], sigma[:n])
     # an atom outside the frame may shine into it and help the fit, but is not in the image
     inside = ((xy >= 0) & (xy <= np.array(resampled.binned.shape[::-1]) * pixel)).all(1)
+    inside &= (np.arange(len(xy)) < n) | (fit.significance > ADDED)
     confidence = np.append(starts.confidence, np.ones(more))
     rows = np.flatnonzero(inside)[np.argsort(-confidence[inside], kind="stable")]
     # row -1, of what the network did not see, is the zero appended
