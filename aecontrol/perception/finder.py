@@ -42,8 +42,7 @@ class Found:
     x_px: Floats
     y_px: Floats
     confidence: Floats
-    """[n] expected number of atoms near the peak according to the networks, at most 1. Of an atom that only the fit's
-    residual showed: one minus the chance that noise alone makes one as clear anywhere in the image."""
+    """[n] expected number of atoms near the peak according to the networks, at most 1."""
     sigma_x: Floats
     """[n] standard error of x, px (inverse Fisher information, all neighbours and the background free)."""
     sigma_y: Floats
@@ -53,10 +52,9 @@ class Found:
     sigma_intensity: Floats
     """[n] standard error of ``intensity``."""
     disagreement: Floats
-    """[n] mutual information of the ensemble about the atom's existence, nat: 0 where the networks agree; NaN for an
-    atom that only the fit's residual showed."""
+    """[n] mutual information of the ensemble about the atom's existence, nat: 0 where the networks agree."""
     spread_nm: Floats
-    """[n] root mean square distance of the networks' own positions from their mean, nm; or NaN likewise."""
+    """[n] root mean square distance of the networks' own positions from their mean, nm."""
     background: float
     """Mean fitted background per pixel, image units."""
     blur_nm: float | None
@@ -129,8 +127,8 @@ class AtomFinder:
         peaks = decode(heats, pixel_yx, threshold)
         if not refined:
             return _unrefined(peaks, resampled)
-        fit = refine.refine(image, peaks.cols * scale_x, peaks.rows * scale_y, pixel_size_nm, self._device)
-        return _refined(peaks, fit, image.shape, pixel_size_nm)
+        fit = refine.refine(np.asarray(image), peaks.cols * scale_x, peaks.rows * scale_y, pixel_size_nm, self._device)
+        return _refined(peaks, fit, np.shape(image))
 
     def _heats(self, resampled: sampling.Resampled, progress: Progress | None) -> NDArray[np.float32]:
         from . import windows
@@ -149,30 +147,24 @@ def _share(progress: Progress | None, k: int, members: int) -> Progress | None:
     return lambda done, total: progress(k * total + done, members * total)
 
 
-def _refined(peaks: Peaks, fit: refine.Fit, shape: tuple[int, ...], pixel_nm: tuple[float, float]) -> Found:
-    """Fitted peaks and the columns that the fit added, those inside the frame: an atom outside may shine into it and
-    help the fit, but is not in the image."""
-    from scipy.stats import norm
-
-    unseen = np.full(fit.added, np.nan)
-    places = 1.0
-    if fit.blur_nm is not None:
-        places = shape[0] * pixel_nm[1] * shape[1] * pixel_nm[0] / (2 * np.pi * fit.blur_nm**2)
-    chance = np.minimum(places * norm.sf(fit.significance[len(peaks.rows) :]), 1.0)
+def _refined(peaks: Peaks, fit: refine.Fit, shape: tuple[int, ...]) -> Found:
+    """The fitted peaks inside the frame: an atom outside may shine into it and help the fit, but is not in the image.
+    So do columns that only the residual shows: the network sees no atom in them."""
+    n = len(peaks.rows)
     found = Found(
-        x_px=fit.x,
-        y_px=fit.y,
-        confidence=np.concatenate([peaks.confidence, 1 - chance]),
-        sigma_x=fit.sigma_x,
-        sigma_y=fit.sigma_y,
-        intensity=fit.intensity,
-        sigma_intensity=fit.sigma_intensity,
-        disagreement=np.concatenate([peaks.disagreement, unseen]),
-        spread_nm=np.concatenate([peaks.spread_nm, unseen]),
+        x_px=fit.x[:n],
+        y_px=fit.y[:n],
+        confidence=peaks.confidence,
+        sigma_x=fit.sigma_x[:n],
+        sigma_y=fit.sigma_y[:n],
+        intensity=fit.intensity[:n],
+        sigma_intensity=fit.sigma_intensity[:n],
+        disagreement=peaks.disagreement,
+        spread_nm=peaks.spread_nm,
         background=fit.background,
         blur_nm=fit.blur_nm,
     )
-    return found.where((fit.x >= 0) & (fit.x <= shape[1]) & (fit.y >= 0) & (fit.y <= shape[0]))
+    return found.where((found.x_px >= 0) & (found.x_px <= shape[1]) & (found.y_px >= 0) & (found.y_px <= shape[0]))
 
 
 def _unrefined(peaks: Peaks, resampled: sampling.Resampled) -> Found:

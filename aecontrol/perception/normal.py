@@ -24,7 +24,7 @@ NEAR = 6.0
 DAMP_NM = 0.1
 """A position's step is damped as if it were known to this before: dim columns must not fly."""
 DAMP_SHARE = 0.001
-"""An intensity's step is damped by this share of what is known of the median column's: columns off the rim too."""
+"""An intensity's step is damped by this share of what is known of a column's on average: columns off the rim too."""
 SHAPE_PRIOR = (1.0, 0.1, 0.1, 0.2)
 """Loose prior knowledge of the spot, for windows with few atoms: log blur, stretch, shear, share of the tails."""
 
@@ -123,10 +123,10 @@ def assemble(columns: Columns, pairs: torch.Tensor, weight: torch.Tensor, images
     pairs = pairs[overlap]
     alone = torch.arange(n, device=pairs.device)
     own = _blocks(columns, windows, alone, alone)
-    known = own[:, 0, 0].median()
+    known = own[:, 0, 0].mean()
     pixel = columns.grid.pixel_nm
     damp = own.new_tensor([0.0, (pixel[0] / DAMP_NM) ** 2, (pixel[1] / DAMP_NM) ** 2])
-    damp[0] = DAMP_SHARE * known
+    damp[0] = DAMP_SHARE * known.clamp(min=1e-6)  # none of the columns may shine into this part
     own = own + torch.diag(damp)
     blocks = _blocks(columns, windows, pairs[:, 0], pairs[:, 1])
     state = columns.state
