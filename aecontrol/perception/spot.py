@@ -66,6 +66,8 @@ class Spot:
         now[: len(step)] += np.clip(step, -0.2, 0.2)
         now[0] = np.clip(now[0], *np.log(BLUR_RANGE_NM))
         now[1:] = np.clip(now[1:], -0.4, 0.4)
+        shares = slice(3, 3 + len(WIDTHS))
+        now[shares] = np.maximum(now[shares], 0.0)
         return Spot(*now[:3].tolist(), tuple(now[3:].tolist()))
 
 
