@@ -67,11 +67,15 @@ class Patch:
         """The columns and the expected image, with margins."""
         columns = Columns(self.grid, state, spot)
         spots = columns.core()
-        if spot.tail:
-            # the tails are smooth: blurred on the coarse grid and interpolated
-            tails = self.coarse.smooth(self.sums(spots), spot.tail_blur_nm)[None, None] / self.bins**2
-            tails = torch.nn.functional.interpolate(tails, size=self.grid.shape, mode="bilinear")[0, 0]
-            spots = (1 - spot.tail) * spots + spot.tail * tails
+        if spot.wings:
+            # they are smooth: convolved on the coarse grid and interpolated
+            share = torch.tensor(spot.wings).to(spots)
+            wings = (self.coarse.wings(spot.blur_nm, spots) * share[:, None, None]).sum(0)
+            image = torch.fft.irfft2(torch.fft.rfft2(self.sums(spots) / self.bins**2) * wings, s=self.coarse.shape)
+            if self.bins > 1:
+                size = self.grid.shape
+                image = torch.nn.functional.interpolate(image[None, None], size, mode="bicubic", antialias=True)[0, 0]
+            spots = (1 - spot.tail) * spots + image
         return columns, spots + self.grid.background(state.knots)
 
     def weight(self, model: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -91,7 +95,7 @@ class Patch:
         shapes: int = 0,
         weight: torch.Tensor | None = None,
     ) -> tuple[State, Spot, normal.System]:
-        """One step of all columns, the background and the first ``shapes`` parameters of the spot (0, 3 or 4).
+        """One step of all columns, the background and the first ``shapes`` parameters of the spot (0, 3 or all).
 
         ``pairs`` [p, 2]: columns that overlap; ``weight``: of the pixels, where it is not to be read off the residual.
         Returns also the normal equations before the step, in pixels of the coarse grid.
@@ -101,7 +105,7 @@ class Patch:
         weight = self.weight(model, residual)[0] if weight is None else weight
         b = self.bins
         coarse = Columns(self.coarse, replace(state, x=state.x / b, y=state.y / b), spot, NARROW)
-        images = coarse.shape_images(tail=shapes > 3) if shapes else None
+        images = coarse.shape_images(wings=shapes > 3) if shapes else None
         # the sum of b^2 pixels has b^2 times the signal: its weight is the sum of theirs / b^4
         system = normal.assemble(coarse, pairs, self.sums(weight) / b**4, images)
         force = weight * residual
