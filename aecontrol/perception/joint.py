@@ -130,14 +130,16 @@ class Patch:
         score = grid.smooth(self.sums(weight * self.residual(model)), blur)
         area = 4 * math.pi * columns.sx * columns.sy
         # fits that use less than a fifth of a spot are guesses about what lies beyond the rim
-        score = torch.where(known > 0.2 * known.max(), score / (known / area).clamp(min=1e-30).sqrt() , 0.0)
+        score = torch.where(known > 0.2 * known.max(), score / (known / area).clamp(min=1e-30).sqrt(), 0.0)
         spread = 1.4826 * float(score[known > 0.2 * known.max()].abs().median())
         y, x = (2 * max(1, round(APART_NM / p)) + 1 for p in grid.pixel_nm[::-1])
         top = torch.nn.functional.max_pool2d(score[None, None], (y, x), 1, (y // 2, x // 2))[0, 0]
         enough = FAINTEST * state.a.median() * (known / area).clamp(min=0).sqrt()
         row, col = torch.nonzero((score == top) & (score > MISSED * max(1.0, spread)) & (score > enough)).T
         x, y = ((at + 0.5 - grid.margin) * b for at in (col, row))
-        near = torch.hypot(*((a[:, None] - at) * p for a, at, p in zip((x, y), (state.x, state.y), self.grid.pixel_nm, strict=True)))
+        near = torch.hypot(
+            *((a[:, None] - at) * p for a, at, p in zip((x, y), (state.x, state.y), self.grid.pixel_nm, strict=True))
+        )
         alone = (near > APART_NM).all(1)
         return x[alone], y[alone]
 

@@ -79,7 +79,7 @@ def test_tables_picture_and_json_agree_and_are_right(find, frame, tmp_path):
     folder = tmp_path / "lattice_find"
     assert json.loads((folder / "atoms.json").read_text()) == result
     rows = list(csv.DictReader((folder / "atoms.csv").read_text().splitlines()))
-    assert list(rows[0]) == ["x_nm", "y_nm", "label", "confidence", "sigma_x_nm", "sigma_y_nm", "intensity"]
+    assert list(rows[0])[:5] == ["x_nm", "y_nm", "label", "grain", "confidence"]
     for row, atom in zip(rows, result["atoms"], strict=True):
         assert [float(row[f"{k}_nm"]) for k in ("x", "y", "sigma_x", "sigma_y")] == [
             atom[k] for k in ("x", "y", "sigma_x", "sigma_y")
@@ -98,7 +98,7 @@ def test_the_quality_names_dose_precision_and_spacing(find, frame, tmp_path):
     saved(tmp_path / "a.npy", frame[0])
     quality = find("a.npy", "--pixel-size-nm", PIXEL)[1]["quality"]
     assert quality["gain_basis"] == "the image holds counts"
-    assert quality["counts_per_column"]["atom"] == pytest.approx(400, rel=0.05)
+    assert quality["counts_per_column"]["A"] == pytest.approx(400, rel=0.05)
     assert quality["spacing"]["median"] == pytest.approx(SPACING, rel=0.02)
     assert quality["precision"] == pytest.approx(0.045 / np.sqrt(400), rel=0.35)  # the bright limit, and background
     assert quality["areas"] == []
@@ -301,7 +301,7 @@ def test_unusual_but_honest_images_are_found_like_any(find, frame, tmp_path, kin
     if kind == "negative":
         assert any("negative" in said for said in result["quality"]["warnings"])
     if kind == "gain and offset":
-        assert result["quality"]["counts_per_column"]["atom"] == pytest.approx(400, rel=0.2)
+        assert result["quality"]["counts_per_column"]["A"] == pytest.approx(400, rel=0.2)
 
 
 # ---------------------------------------------------------------- parts
