@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.generic]
 COLUMNS = ("class", "label", "x", "y", "area_nm2", "length_nm", "confidence", "at_rim")
-_NAMES = {"particle": "particles", "boundary": "grain boundaries", "wall": "domain walls"}
 
 
 def find_regions(
@@ -83,8 +82,10 @@ def _masks(found: Regions, scale: Scale) -> bytes:
 
 def region_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     """A result for people: (what, how much)."""
+    from aecontrol.perception.region_overlay import NAMES
+
     lines = []
-    for kind, name in _NAMES.items():
+    for kind, (_, name) in NAMES.items():
         rows = [row for row in result["regions"] if row["class"] == kind]
         said = str(len(rows))
         if kind in result["not_judged"]:
