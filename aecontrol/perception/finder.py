@@ -120,27 +120,24 @@ class AtomFinder:
         peaks = decode(heats, pixel_yx, threshold)
         if not refined:
             return _unrefined(peaks, resampled)
-        bin_y, bin_x = resampled.bins
-        fit = refine.refine(
-            resampled.binned,
-            peaks.cols * scale_x / bin_x,
-            peaks.rows * scale_y / bin_y,
-            (pixel_size_nm[0] * bin_x, pixel_size_nm[1] * bin_y),
-        )
+        data = np.asarray(image)
+        fit = refine.refine(data, peaks.cols * scale_x, peaks.rows * scale_y, pixel_size_nm, self._device)
         # an atom outside the frame may shine into it and help the fit, but is not in the image
-        height, width = resampled.binned.shape
+        height, width = data.shape
         inside = (fit.x >= 0) & (fit.x <= width) & (fit.y >= 0) & (fit.y <= height)
+        inside[len(peaks.rows) :] = False  # what only the residual shows helps the fit: the network sees no atom in it
+        seen = inside[: len(peaks.rows)]
         return Found(
-            x_px=fit.x[inside] * bin_x,
-            y_px=fit.y[inside] * bin_y,
-            confidence=peaks.confidence[inside],
-            sigma_x=fit.sigma_x[inside] * bin_x,
-            sigma_y=fit.sigma_y[inside] * bin_y,
+            x_px=fit.x[inside],
+            y_px=fit.y[inside],
+            confidence=peaks.confidence[seen],
+            sigma_x=fit.sigma_x[inside],
+            sigma_y=fit.sigma_y[inside],
             intensity=fit.intensity[inside],
             sigma_intensity=fit.sigma_intensity[inside],
-            disagreement=peaks.disagreement[inside],
-            spread_nm=peaks.spread_nm[inside],
-            background=fit.background / (bin_x * bin_y),
+            disagreement=peaks.disagreement[seen],
+            spread_nm=peaks.spread_nm[seen],
+            background=fit.background,
             blur_nm=fit.blur_nm,
         )
 

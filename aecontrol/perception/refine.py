@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
+BLUR_RANGE_NM = (0.025, 0.13)
+"""Blur outside this is no atomic column."""
 TRUST_NM = 0.06
 """A column that leaves this radius around its start is put back: the fit has lost it."""
 TILE_NM, HALO_NM = 6.5, 0.45

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .refine import BLUR_RANGE_NM
+
 Floats = NDArray[np.float64]
 
-BLUR_RANGE_NM = (0.025, 0.13)
-"""Blur outside this is no atomic column."""
 KNOT_NM = 0.8
 """Spacing of the background's knots: wide enough not to imitate a column, narrow enough for contamination."""
 WINDOW = 3.7
