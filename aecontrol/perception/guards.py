@@ -73,13 +73,13 @@ class Spots:
     """Spots of unit sum at ``x``, ``y`` [n] px with a common blur, on a background of linear hats: an image linear in
     all that is free."""
 
-    def __init__(self, x: Floats, y: Floats, blur_nm: float, shape: tuple[int, ...], pixel_nm: tuple[float, float]) -> None:
+    def __init__(
+        self, x: Floats, y: Floats, blur_nm: float, shape: tuple[int, ...], pixel_nm: tuple[float, float]
+    ) -> None:
         from scipy import sparse
 
         (rows, cols), self.number, self.shape = shape, len(x), shape
-        along_y, along_x = (
-            _bells(at, blur_nm / p, n) for at, p, n in ((y, pixel_nm[1], rows), (x, pixel_nm[0], cols))
-        )
+        along_y, along_x = (_bells(at, blur_nm / p, n) for at, p, n in ((y, pixel_nm[1], rows), (x, pixel_nm[0], cols)))
         spots = np.einsum("ni,nj->nij", along_y[1], along_x[1])
         place = along_y[0][:, :, None] * cols + along_x[0][:, None, :]
         who = np.broadcast_to(np.arange(len(x))[:, None, None], place.shape)
@@ -202,7 +202,9 @@ class HeldOut:
     @cached_property
     def altered(self) -> list[tuple[Floats, Floats, Floats]]:
         """Images in which atoms were taken out and put in: (image, places emptied, places filled [k, 2] (x, y) px)."""
-        return [self._alter(np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(k,)))) for k in range(DRAWS)]
+        return [
+            self._alter(np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(k,)))) for k in range(DRAWS)
+        ]
 
     def _alter(self, rng: np.random.Generator) -> tuple[Floats, Floats, Floats]:
         of = self._explained
