@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,9 +42,9 @@ class Found:
     x_px: Floats
     y_px: Floats
     confidence: Floats
-    """[n] expected number of atoms near the peak according to the network, at most 1."""
+    """[n] expected number of atoms near the peak according to the networks, at most 1."""
     sigma_x: Floats
-    """[n] standard error of x, px (inverse Fisher information with the atom's intensity free; neighbours fixed)."""
+    """[n] standard error of x, px (inverse Fisher information, all neighbours and the background free)."""
     sigma_y: Floats
     """[n] standard error of y, px."""
     intensity: Floats
@@ -62,6 +62,13 @@ class Found:
 
     def __len__(self) -> int:
         return len(self.x_px)
+
+    def where(self, keep: NDArray[np.bool_]) -> Found:
+        """Those of the atoms that ``keep`` [n] names."""
+        kept: dict[str, Any] = {
+            name: value[keep] for name, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
+        return replace(self, **kept)
 
 
 class AtomFinder:
@@ -120,26 +127,8 @@ class AtomFinder:
         peaks = decode(heats, pixel_yx, threshold)
         if not refined:
             return _unrefined(peaks, resampled)
-        data = np.asarray(image)
-        fit = refine.refine(data, peaks.cols * scale_x, peaks.rows * scale_y, pixel_size_nm, self._device)
-        # an atom outside the frame may shine into it and help the fit, but is not in the image
-        height, width = data.shape
-        inside = (fit.x >= 0) & (fit.x <= width) & (fit.y >= 0) & (fit.y <= height)
-        inside[len(peaks.rows) :] = False  # what only the residual shows helps the fit: the network sees no atom in it
-        seen = inside[: len(peaks.rows)]
-        return Found(
-            x_px=fit.x[inside],
-            y_px=fit.y[inside],
-            confidence=peaks.confidence[seen],
-            sigma_x=fit.sigma_x[inside],
-            sigma_y=fit.sigma_y[inside],
-            intensity=fit.intensity[inside],
-            sigma_intensity=fit.sigma_intensity[inside],
-            disagreement=peaks.disagreement[seen],
-            spread_nm=peaks.spread_nm[seen],
-            background=fit.background,
-            blur_nm=fit.blur_nm,
-        )
+        fit = refine.refine(np.asarray(image), peaks.cols * scale_x, peaks.rows * scale_y, pixel_size_nm, self._device)
+        return _refined(peaks, fit, np.shape(image))
 
     def _heats(self, resampled: sampling.Resampled, progress: Progress | None) -> NDArray[np.float32]:
         from . import windows
@@ -156,6 +145,26 @@ def _share(progress: Progress | None, k: int, members: int) -> Progress | None:
     if progress is None:
         return None
     return lambda done, total: progress(k * total + done, members * total)
+
+
+def _refined(peaks: Peaks, fit: refine.Fit, shape: tuple[int, ...]) -> Found:
+    """The fitted peaks inside the frame: an atom outside may shine into it and help the fit, but is not in the image.
+    So do columns that only the residual shows: the network sees no atom in them."""
+    n = len(peaks.rows)
+    found = Found(
+        x_px=fit.x[:n],
+        y_px=fit.y[:n],
+        confidence=peaks.confidence,
+        sigma_x=fit.sigma_x[:n],
+        sigma_y=fit.sigma_y[:n],
+        intensity=fit.intensity[:n],
+        sigma_intensity=fit.sigma_intensity[:n],
+        disagreement=peaks.disagreement,
+        spread_nm=peaks.spread_nm,
+        background=fit.background,
+        blur_nm=fit.blur_nm,
+    )
+    return found.where((found.x_px >= 0) & (found.x_px <= shape[1]) & (found.y_px >= 0) & (found.y_px <= shape[0]))
 
 
 def _unrefined(peaks: Peaks, resampled: sampling.Resampled) -> Found:

@@ -126,7 +126,9 @@ class Patch:
         columns, model = self.model(state, spot)
         weight, gain = self.weight(model, self.residual(model))
         b, grid, blur = self.bins, self.coarse, spot.blur_nm
-        known = grid.smooth(self.sums(weight), blur / math.sqrt(2)).clamp(min=0) / (4 * math.pi * columns.sx * columns.sy)
+        known = grid.smooth(self.sums(weight), blur / math.sqrt(2)).clamp(min=0) / (
+            4 * math.pi * columns.sx * columns.sy
+        )
         excess = grid.smooth(self.sums(weight * self.residual(model)), blur) / known.clamp(min=1e-30)
         # fits that use less than a fifth of a spot are guesses about what lies beyond the rim
         score = torch.where(known > 0.2 * known.max(), _significance(excess, known, gain), 0.0)
@@ -136,7 +138,9 @@ class Patch:
         enough = excess > FAINTEST * state.a.median()
         row, col = torch.nonzero((score == top) & (score > MISSED * max(1.0, spread)) & enough).T
         x, y = ((at + 0.5 - grid.margin) * b for at in (col, row))
-        near = torch.hypot(*((a[:, None] - at) * p for a, at, p in zip((x, y), (state.x, state.y), self.grid.pixel_nm, strict=True)))
+        near = torch.hypot(
+            *((a[:, None] - at) * p for a, at, p in zip((x, y), (state.x, state.y), self.grid.pixel_nm, strict=True))
+        )
         alone = (near > APART_NM).all(1)
         return x[alone], y[alone]
 

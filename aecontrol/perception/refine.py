@@ -86,7 +86,9 @@ class _Tile:
         return inside | self.core(x, y)
 
 
-def refine(image: NDArray[np.generic], x: Floats, y: Floats, pixel_size_nm: tuple[float, float], device: str = "cpu") -> Fit:
+def refine(
+    image: NDArray[np.generic], x: Floats, y: Floats, pixel_size_nm: tuple[float, float], device: str = "cpu"
+) -> Fit:
     """Fit columns that start at ``x``, ``y`` (pixels, centre of pixel [0, 0] at (0.5, 0.5)) to ``image`` [rows, cols].
 
     Positions reach the joint Cramer-Rao bound for counts (:mod:`.bound`). A column that the fit drives further than
@@ -123,7 +125,10 @@ def _tiles(shape: tuple[int, ...], pixel_nm: tuple[float, float]) -> list[_Tile]
         number = max(1, math.ceil(length * pixel / TILE_NM))
         edges = [round(length * k / number) for k in range(number + 1)]
         halo = math.ceil(HALO_NM / pixel)
-        spans = [((max(0, a - halo), min(length, b + halo)), (float(a), float(b))) for a, b in zip(edges, edges[1:], strict=False)]
+        spans = [
+            ((max(0, a - halo), min(length, b + halo)), (float(a), float(b)))
+            for a, b in zip(edges, edges[1:], strict=False)
+        ]
         spans[0] = (spans[0][0], (-math.inf, spans[0][1][1]))
         spans[-1] = (spans[-1][0], (spans[-1][1][0], math.inf))
         axes.append(spans)
@@ -210,7 +215,9 @@ def _first_blur(data: torch.Tensor, x: Floats, y: Floats, pixel_nm: tuple[float,
     from .spot import Spot
 
     size = [min(n, max(8, round(PILOT_NM / p))) for n, p in zip(data.shape, pixel_nm[::-1], strict=True)]
-    cells = np.stack([np.clip(a // s, 0, (n - 1) // s) for a, s, n in zip((y, x), size, data.shape, strict=True)], 1)
+    cells = np.stack(
+        [np.clip(a // s, 0, max(0, n // s - 1)) for a, s, n in zip((y, x), size, data.shape, strict=True)], 1
+    )
     which, counts = np.unique(cells, axis=0, return_counts=True)
     row, col = (which[np.argmax(counts)] * size).astype(int)
     cut = data[row : row + size[0], col : col + size[1]]

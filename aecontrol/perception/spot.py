@@ -52,7 +52,9 @@ class Spot:
         """The spot after a step in its first parameters, kept within what a column can look like."""
         now = np.array([self.log_blur, self.stretch, self.shear, self.tail])
         now[: len(step)] += np.clip(step, -0.2, 0.2)
-        return Spot(*np.clip(now, *zip(np.log(BLUR_RANGE_NM), (-0.3, 0.3), (-0.3, 0.3), (-0.2, 0.5), strict=True)).tolist())
+        return Spot(
+            *np.clip(now, *zip(np.log(BLUR_RANGE_NM), (-0.3, 0.3), (-0.3, 0.3), (-0.2, 0.5), strict=True)).tolist()
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,9 @@ class Grid:
         hats = [h.view(len(h), -1, bins).sum(2) for h in (self.hat_y, self.hat_x)]
         shape = (self.shape[0] // bins, self.shape[1] // bins)
         inner = (self.inner[0] / bins, self.inner[1] / bins)
-        return Grid(shape, inner, self.margin // bins, (self.pixel_nm[0] * bins, self.pixel_nm[1] * bins), hats[0], hats[1])
+        return Grid(
+            shape, inner, self.margin // bins, (self.pixel_nm[0] * bins, self.pixel_nm[1] * bins), hats[0], hats[1]
+        )
 
     def background(self, knots: torch.Tensor) -> torch.Tensor:
         """Background image of the knots."""
