@@ -216,7 +216,7 @@ def _first_blur(data: torch.Tensor, x: Floats, y: Floats, pixel_nm: tuple[float,
 
     size = [min(n, max(8, round(PILOT_NM / p))) for n, p in zip(data.shape, pixel_nm[::-1], strict=True)]
     cells = np.stack(
-        [np.clip(a // s, 0, max(0, n // s - 1)) for a, s, n in zip((y, x), size, data.shape, strict=True)], 1
+        [np.clip(a // s, 0, (n - 1) // s) for a, s, n in zip((y, x), size, data.shape, strict=True)], 1
     )
     which, counts = np.unique(cells, axis=0, return_counts=True)
     row, col = (which[np.argmax(counts)] * size).astype(int)
