@@ -215,7 +215,7 @@ def _first_blur(data: torch.Tensor, x: Floats, y: Floats, pixel_nm: tuple[float,
     from .spot import Spot
 
     number = [max(1, round(n * p / PILOT_NM)) for n, p in zip(data.shape, pixel_nm[::-1], strict=True)]
-    cells = np.stack([np.clip(a // s, 0, (n - 1) // s) for a, s, n in zip((y, x), size, data.shape, strict=True)], 1)
+    cells = np.stack([np.clip(a * k / n, 0, k - 1).astype(int) for a, k, n in zip((y, x), number, data.shape, strict=True)], 1)
     which, counts = np.unique(cells, axis=0, return_counts=True)
     best = which[np.argmax(counts)]
     (row, bottom), (col, right) = (
