@@ -1,4 +1,4 @@
-"""`aecontrol find`: the atoms of any microscopy image as a table, a picture and a judgement of both."""
+"""`aecontrol find`: the atoms of any microscopy image as a table, a picture and a judgement of both; or its regions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import io
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,17 +25,21 @@ from aecontrol.types import Model, Positive
 
 if TYPE_CHECKING:
     from aecontrol.perception.finder import Found
+    from aecontrol.perception.sites import Missing, Sites
 
 Pixels = NDArray[np.generic]
 
 LARGEST = 1e15
 """Larger values are no detector's, and their squares leave single precision."""
 _LENGTHS = ("x", "y", "sigma_x", "sigma_y")
+_ATOM = ("x", "y", "label", "grain", "confidence", "disagreement", "sigma_x", "sigma_y", "intensity")
+_VACANCY = ("x", "y", "label", "confidence", "intensity", "expected")
 
 
 class Request(Model):
     """What is to be found, and where."""
 
+    what: Literal["atoms", "regions"] = Field("atoms", description="regions: particles, grain boundaries, domain walls")
     pixel_size_nm: Positive | None = Field(None, description="side of a pixel, nm; None: what the file says")
     channel: str | None = Field(None, description="which image of a file that holds several")
     frame: int | None = Field(None, description="which frame of a stack, from 0")
@@ -45,38 +50,58 @@ class Request(Model):
 
 @dataclass(frozen=True)
 class Scale:
-    """Side of a pixel, nm, and where it is from: 'given' or 'file'."""
+    """Side of a pixel, nm, and where it is from: 'given', 'file' or 'estimated', and then ``how``."""
 
     pixel_nm: float
     source: str
+    how: str | None = None
+
+    @property
+    def unit(self) -> str:
+        """Unit of the results: an estimated scale finds atoms, but measures nothing."""
+        return "px" if self.source == "estimated" else "nm"
+
+    @property
+    def unit_px(self) -> float:
+        """What a pixel is in ``unit``."""
+        return 1.0 if self.source == "estimated" else self.pixel_nm
 
 
 def find(path: Path, request: Request, out: Path | None, device: str, progress: Progress) -> dict[str, Any]:
-    """Find the atoms of the image in ``path`` and write tables and picture to the folder ``out``.
+    """Find the atoms or regions of the image in ``path`` and write tables and picture to the folder ``out``.
 
     ``out`` None: a folder named after the file, in the working directory. Returns what `--json` prints; ``progress`` is
     told of the parts of the image that the network has read. Raises BadInput, StorageFault.
     """
-    from aecontrol.find_figure import draw_overlay
-
     picture = read_image(path, request.channel, request.frame)
-    scale = _scale(picture, request.pixel_size_nm, path.name)
+    plain = _plain(picture.array, path.name)
+    scale = _scale(picture, plain, request.pixel_size_nm, path.name)
     folder = out or Path(_name(path, request))
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{str(folder)!r} is a file", "give another --out")
     started = time.perf_counter()
-    image, result = find_atoms(_plain(picture.array, path.name), scale, request, device, progress)
-    result["seconds"] = round(time.perf_counter() - started, 4)
-    written = {
-        "atoms.csv": _table(result["atoms"], _COLUMNS, result["unit"]),
-        "vacancies.csv": _table(result["vacancies"], _COLUMNS[:4], result["unit"]),
-        "overlay.png": draw_overlay(path.name, image, result),
-    }
-    result["files"] = {name: str(folder / name) for name in (*written, "atoms.json")}
+    if request.what == "regions":
+        from aecontrol.find_regions import COLUMNS, find_regions
+
+        result, written = find_regions(plain, scale, request, device, progress)
+        result["seconds"] = round(time.perf_counter() - started, 4)
+        written["regions.csv"] = _table(result["regions"], COLUMNS, result["unit"])
+    else:
+        from aecontrol.find_figure import draw_overlay
+
+        image, result = find_atoms(plain, scale, request, device, progress)
+        result["seconds"] = round(time.perf_counter() - started, 4)
+        written = {
+            "atoms.csv": _table(result["atoms"], _ATOM, result["unit"]),
+            "vacancies.csv": _table(result["vacancies"], _VACANCY, result["unit"]),
+            "overlay.png": draw_overlay(path.name, image, result),
+        }
+    facts = f"{request.what}.json"
+    result["files"] = {name: str(folder / name) for name in (*written, facts)}
     _make(folder)
     for name, data in written.items():
         write_durable(folder / name, data)
-    write_durable(folder / "atoms.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_durable(folder / facts, (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 
@@ -87,51 +112,78 @@ def find_atoms(
     from aecontrol.perception.finder import AtomFinder
     from aecontrol.perception.mend import mend_pixels
     from aecontrol.perception.quality import assess
+    from aecontrol.perception.sites import name_sites
 
     image, bad = mend_pixels(image, scale.pixel_nm)
     pixel = (scale.pixel_nm, scale.pixel_nm)
     found = AtomFinder(request.weights, device).find(image, pixel, request.threshold, request.refine, progress)
-    labels, vacancies = _named(found)
-    quality = assess(found, labels, image, scale.pixel_nm, scale.pixel_nm, bad)
-    columns = (found.x_px, found.y_px, labels, found.confidence, found.sigma_x, found.sigma_y, found.intensity)
-    atoms = [dict(zip(_COLUMNS, values, strict=True)) for values in zip(*columns, strict=True)]
+    sites = name_sites(found, image, pixel if scale.unit == "nm" else None) if request.refine else None
+    labels = ["atom"] * len(found) if sites is None or not sites.grains else list(sites.label)
+    quality = assess(found, labels, image, scale.pixel_nm, scale.unit_px, bad)
     return image, {
         "pixel_size_nm": scale.pixel_nm,
-        "unit": "nm",
+        "unit": scale.unit,
         "shape": list(image.shape),
-        "scale": {"source": scale.source},
-        "atoms": [_in_unit(atom, scale.pixel_nm) for atom in atoms],
-        "vacancies": [_in_unit(vacancy, scale.pixel_nm) for vacancy in vacancies],
+        "scale": {"source": scale.source} | ({"how": scale.how} if scale.how else {}),
+        "atoms": [_in_unit(atom, scale.unit_px) for atom in _atoms(found, labels, sites)],
+        "vacancies": [_in_unit(vacancy, scale.unit_px) for vacancy in _vacancies(sites.missing if sites else None)],
+        "crystal": _crystal(sites),
         "quality": quality.model_dump(mode="json"),
     }
 
 
-_COLUMNS = ("x", "y", "label", "confidence", "sigma_x", "sigma_y", "intensity")
+def _atoms(found: Found, labels: Sequence[str], sites: Sites | None) -> Iterator[dict[str, Any]]:
+    """Rows of the table of atoms, positions in px."""
+    grain = np.full(len(found), -1) if sites is None else sites.grain
+    columns = (found.x_px, found.y_px, labels, grain, found.confidence, found.disagreement)
+    fitted = (found.sigma_x, found.sigma_y, found.intensity)
+    return (dict(zip(_ATOM, values, strict=True)) for values in zip(*columns, *fitted, strict=True))
 
 
-def _named(found: Found) -> tuple[list[str], list[dict[str, Any]]]:
-    """A label for every atom, and the vacancies ({x, y, label, confidence}), positions in px."""
-    return ["atom"] * len(found), []
+def _vacancies(missing: Missing | None) -> Iterator[dict[str, Any]]:
+    """Rows of the table of what is missing, positions in px."""
+    if missing is None:
+        return iter(())
+    columns = (missing.x_px, missing.y_px, missing.label, missing.confidence, missing.intensity, missing.expected)
+    return (dict(zip(_VACANCY, values, strict=True)) for values in zip(*columns, strict=True))
+
+
+def _crystal(sites: Sites | None) -> dict[str, Any]:
+    """Grains and sublattices, lengths in the unit of the positions."""
+    if sites is None:
+        return {"grains": [], "sublattices": [], "note": "sites are named from fitted positions: leave out --no-refine"}
+    grains = [{**asdict(g), "vectors": g.vectors.tolist(), "basis": g.basis.tolist()} for g in sites.grains]
+    sublattices = [_in_unit(asdict(s), 1.0) for s in sites.sublattices]
+    return {"grains": grains, "sublattices": sublattices, "note": sites.note}
 
 
 def _in_unit(row: dict[str, Any], per_px: float) -> dict[str, Any]:
     """A row of a table with its lengths in the unit of the positions, and None for what is not known."""
 
     def told(name: str, value: Any) -> Any:
-        if isinstance(value, str):
-            return value
+        if isinstance(value, str | int | np.integer):
+            return value if isinstance(value, str) else int(value)
         number = float(value) * (per_px if name in _LENGTHS else 1.0)
         return float(f"{number:.7g}") if math.isfinite(number) else None
 
     return {name: told(name, value) for name, value in row.items()}
 
 
-def _scale(picture: Picture, given: float | None, name: str) -> Scale:
+def _scale(picture: Picture, image: Pixels, given: float | None, name: str) -> Scale:
+    """The scale as given, else the file's, else estimated from the width of the atoms in ``image``."""
+    from aecontrol.perception.scale import estimate
+
     if given is not None:
         return Scale(given, "given")
-    if picture.pixel_size_nm is None:
-        raise BadInput(f"{name} does not say how large its (square) pixels are", "give --pixel-size-nm")
-    return Scale(picture.pixel_size_nm, "file")
+    if picture.pixel_size_nm is not None:
+        return Scale(picture.pixel_size_nm, "file")
+    finite = np.isfinite(image)
+    try:
+        middle = np.median(image[finite].astype(np.float64)) if finite.any() else 0.0
+        estimated = estimate(np.where(finite, image, middle))
+    except BadInput as error:
+        raise BadInput(f"{name} does not say how large its pixels are; {error.what}", "give --pixel-size-nm") from error
+    return Scale(estimated.pixel_size_nm, "estimated", estimated.how)
 
 
 def _plain(image: Pixels, name: str) -> Pixels:
@@ -166,13 +218,20 @@ def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str], unit: str) ->
 
 def summary_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The quality of a result for people: (what, how much)."""
+    if "regions" in result:
+        from aecontrol.find_regions import region_lines
+
+        return region_lines(result)
     quality, unit = result["quality"], result["unit"]
     lines = [("atoms", str(quality["atoms"]))]
     labels = [atom["label"] for atom in result["atoms"]]
     for label in sorted(set(labels)) if len(set(labels)) > 1 else ():
         lines.append((f"  {label}", str(labels.count(label))))
     lines.append(("missing atoms", str(len(result["vacancies"]))))
+    lines += [(f"  {v}", str(n)) for v, n in Counter(row["label"] for row in result["vacancies"]).most_common()]
     lines.append(("pixel size", f"{result['pixel_size_nm']:.5g} nm ({result['scale']['source']})"))
+    lines += [("", result["scale"]["how"])] if "how" in result["scale"] else []
+    lines += _crystal_lines(result["crystal"], unit)
     for label, counts in (quality["counts_per_column"] or {}).items():
         lines.append((f"counts per column, {label}", f"{counts:.3g} ({quality['gain_basis']})"))
     if quality["precision"] is not None:
@@ -188,3 +247,19 @@ def summary_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("", f"and {len(quality['areas']) - 5} more areas"))
     lines += [("note", said) for said in quality["warnings"]]
     return [*lines, ("seconds", f"{result['seconds']:.3g}")]
+
+
+def _crystal_lines(crystal: dict[str, Any], unit: str) -> list[tuple[str, str]]:
+    """Grains and sublattices for people."""
+    lines = []
+    for grain in crystal["grains"][:4]:
+        lengths = " and ".join(f"{math.hypot(*vector):.4g}" for vector in grain["vectors"])
+        lines.append(
+            ("crystal", f"cell {lengths} {unit}, {len(grain['basis'])} columns a cell, {grain['count']} atoms")
+        )
+    if len(crystal["grains"]) > 4:
+        lines.append(("", f"and {len(crystal['grains']) - 4} more grains"))
+    for row in crystal["sublattices"]:
+        off = f"{1000 * row['rms']:.2g} pm" if unit == "nm" else f"{row['rms']:.2g} px"
+        lines.append((f"  {row['label']}", f"{off} rms from the lattice"))
+    return lines

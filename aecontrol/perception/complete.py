@@ -187,14 +187,19 @@ def _look(data: Floats, pixel: tuple[float, float], pool: _Pool, xy: Floats, blu
     inside = held & straight & ~few
     significance = filled.amplitude[n:] / filled.sigma[n:]
     return _View(
-        fit.blur, probability, inside & (probability > 0.5), inside, filled.amplitude[:n], step, error, other,
+        fit.blur,
+        probability,
+        inside & (probability > 0.5),
+        inside,
+        filled.amplitude[:n],
+        step,
+        error,
+        other,
         significance,
     )
 
 
-def _regrown(
-    grains: list[Grain], pool: _Pool, view: _View, first: bool
-) -> tuple[list[Grain], list[Floats]]:
+def _regrown(grains: list[Grain], pool: _Pool, view: _View, first: bool) -> tuple[list[Grain], list[Floats]]:
     """The grains as the good sites show them; with the cell that the amplitudes ask for, the ``first`` time."""
     regrown, weights = [], []
     for number, grain in enumerate(grains):
@@ -211,9 +216,7 @@ def _regrown(
     return regrown, weights
 
 
-def _chosen(
-    pool: _Pool, view: _View, xy: Floats, confidence: Floats, threshold: float, size: Floats
-) -> Candidates:
+def _chosen(pool: _Pool, view: _View, xy: Floats, confidence: Floats, threshold: float, size: Floats) -> Candidates:
     """Sites that hold an atom, and finds elsewhere."""
     from scipy.spatial import cKDTree
 

@@ -31,9 +31,6 @@ MERGE_NM = 0.06
 GATHER_NM = 0.075
 """Heat within this radius of a peak belongs to its atom: about half the closest spacing known here (C-C, 0.142 nm)."""
 
-ADDED = 5.0
-"""Standard errors of the intensity from which a column that only the residual shows is an atom."""
-
 
 @dataclass(frozen=True)
 class Found:
@@ -46,10 +43,10 @@ class Found:
     x_px: Floats
     y_px: Floats
     confidence: Floats
-    """[n] expected number of atoms near the peak according to the network, at most 1; on a site of a crystal the
+    """[n] expected number of atoms near the peak according to the networks, at most 1; on a site of a crystal the
     posterior probability that it holds one."""
     sigma_x: Floats
-    """[n] standard error of x, px (inverse Fisher information with the atom's intensity free; neighbours fixed)."""
+    """[n] standard error of x, px (inverse Fisher information, all neighbours and the background free)."""
     sigma_y: Floats
     """[n] standard error of y, px."""
     intensity: Floats
@@ -61,7 +58,7 @@ class Found:
     spread_nm: Floats
     """[n] root mean square distance of the networks' own positions from their mean, nm."""
     completed: Bools
-    """[n] True for atoms that the network did not see and the image, where a crystal or the fit pointed to, bears out."""
+    """[n] True for atoms that the network did not see: the image bears them out where a crystal pointed to."""
     background: float
     """Mean fitted background per pixel, image units."""
     blur_nm: float | None
@@ -116,8 +113,9 @@ class AtomFinder:
     ) -> Found:
         """Atoms of ``image`` [rows, cols], pixels ``pixel_size_nm`` (x, y), with at least ``threshold`` confidence.
 
-        In crystals every site is judged by its counts (:mod:`.complete`). Not ``refined``: positions are the network's own, and intensities and all standard errors NaN. ``progress`` is
-        told of the windows that the network has read. Deterministic; does not depend on the image's gain and offset.
+        In crystals every site is judged by its counts (:mod:`.complete`). Not ``refined``: positions are the network's
+        own, and intensities and all standard errors NaN. ``progress`` is told of the windows that the network has read.
+        Deterministic; does not depend on the image's gain and offset.
         Raises BadInput for an image that is not 2-D, not finite, too coarse (0.13 nm) or too small (0.24 nm).
         """
         resampled = sampling.resample(image, pixel_size_nm)
@@ -127,7 +125,10 @@ class AtomFinder:
         if not refined:
             return _unrefined(decode(heats, pixel_yx, threshold), resampled)
         # a crystal may bear out what the network alone would not
-        return _refined(decode(heats, pixel_yx, 0.5 * threshold), resampled, pixel_size_nm, threshold)
+        peaks = decode(heats, pixel_yx, 0.5 * threshold)
+        starts = _starts(peaks, resampled, pixel_size_nm, threshold)
+        fit = refine.refine(np.asarray(image), *(starts.xy / pixel_size_nm).T, pixel_size_nm, self._device)
+        return _refined(peaks, starts, fit, np.shape(image), pixel_size_nm)
 
     def _heats(self, resampled: sampling.Resampled, progress: Progress | None) -> NDArray[np.float32]:
         from . import windows
@@ -146,39 +147,44 @@ def _share(progress: Progress | None, k: int, members: int) -> Progress | None:
     return lambda done, total: progress(k * total + done, members * total)
 
 
-def _refined(
-    peaks: Peaks, resampled: sampling.Resampled, pixel_size_nm: tuple[float, float], threshold: float
-) -> Found:
+def _starts(
+    peaks: Peaks, resampled: sampling.Resampled, pixel_nm: tuple[float, float], threshold: float
+) -> complete.Candidates:
     """Peaks, and the sites of the crystals that they form, as the counts show them."""
-    bins = np.array(resampled.bins[::-1])
-    pixel = np.array(pixel_size_nm) * bins
-    at = np.stack([peaks.cols, peaks.rows], 1) * resampled.scale[::-1] * pixel_size_nm
-    pixel_nm = (float(pixel[0]), float(pixel[1]))
-    starts = complete.complete(resampled.binned, pixel_nm, at, peaks.confidence, threshold)
-    fit = refine.refine(resampled.binned, *(starts.xy / pixel).T, pixel_nm)
-    n, more = len(starts.xy), fit.added
-    xy, sigma = np.stack([fit.x, fit.y], 1) * pixel, np.stack([fit.sigma_x, fit.sigma_y], 1) * pixel
-    xy[:n], sigma[:n] = starts.settled(xy[:n], sigma[:n])
-    # an atom outside the frame may shine into it and help the fit, but is not in the image
-    inside = ((xy >= 0) & (xy <= np.array(resampled.binned.shape[::-1]) * pixel)).all(1)
-    inside &= (np.arange(len(xy)) < n) | (fit.significance > ADDED)
-    confidence = np.append(starts.confidence, np.ones(more))
-    rows = np.flatnonzero(inside)[np.argsort(-confidence[inside], kind="stable")]
-    # row -1, of what the network did not see, is the zero appended
-    peak = np.append(starts.peak, np.full(more, -1))[rows]
-    (x, y), (sigma_x, sigma_y) = (xy / pixel_size_nm)[rows].T, (sigma / pixel_size_nm)[rows].T
+    bin_y, bin_x = resampled.bins
+    at = np.stack([peaks.cols, peaks.rows], 1) * resampled.scale[::-1] * pixel_nm
+    coarse = (pixel_nm[0] * bin_x, pixel_nm[1] * bin_y)
+    return complete.complete(resampled.binned, coarse, at, peaks.confidence, threshold)
+
+
+def _refined(
+    peaks: Peaks,
+    starts: complete.Candidates,
+    fit: refine.Fit,
+    shape: tuple[int, ...],
+    pixel_nm: tuple[float, float],
+) -> Found:
+    """The fitted columns inside the frame: an atom outside may shine into it and help the fit, but is not in the image.
+    So do those that only the residual shows: neither the network nor a crystal says that they are atoms."""
+    n = len(starts.xy)
+    xy, sigma = np.stack([fit.x, fit.y], 1)[:n] * pixel_nm, np.stack([fit.sigma_x, fit.sigma_y], 1)[:n] * pixel_nm
+    xy, sigma = starts.settled(xy, sigma)
+    inside = ((xy >= 0) & (xy <= np.array(shape[::-1]) * pixel_nm)).all(1)
+    rows = np.flatnonzero(inside)[np.argsort(-starts.confidence[inside], kind="stable")]
+    peak = starts.peak[rows]  # row -1, of what the network did not see, is the zero appended
+    (x, y), (sigma_x, sigma_y) = (xy / pixel_nm)[rows].T, (sigma / pixel_nm)[rows].T
     return Found(
         x_px=x,
         y_px=y,
-        confidence=confidence[rows],
+        confidence=starts.confidence[rows],
         sigma_x=sigma_x,
         sigma_y=sigma_y,
         intensity=fit.intensity[rows],
         sigma_intensity=fit.sigma_intensity[rows],
         disagreement=np.append(peaks.disagreement, 0.0)[peak],
         spread_nm=np.append(peaks.spread_nm, 0.0)[peak],
-        completed=peak < 0,
-        background=fit.background / float(bins.prod()),
+        completed=starts.completed[rows],
+        background=fit.background,
         blur_nm=fit.blur_nm,
     )
 

@@ -24,9 +24,9 @@ NEAR = 6.0
 DAMP_NM = 0.1
 """A position's step is damped as if it were known to this before: dim columns must not fly."""
 DAMP_SHARE = 0.001
-"""An intensity's step is damped by this share of what is known of the median column's: columns off the rim too."""
-SHAPE_PRIOR = (1.0, 0.1, 0.1, 0.2)
-"""Loose prior knowledge of the spot, for windows with few atoms: log blur, stretch, shear, share of the tails."""
+"""An intensity's step is damped by this share of what is known of a column's on average: columns off the rim too."""
+SHAPE_PRIOR = (1.0, 0.1, 0.1, 0.2, 0.2, 0.2, 0.1, 0.1, 0.02, 0.02, 0.02)
+"""Loose prior knowledge of the spot, for windows with few atoms: log blur, stretch, shear, the wings."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class System:
 
         def apply(v: torch.Tensor) -> torch.Tensor:
             c, g = v[: 3 * n], v[3 * n :]
-            return torch.cat([(self.rows @ c.view(n, 3)).reshape(-1) + self.cross @ g, c @ self.cross + self.common @ g])
+            return torch.cat(
+                [(self.rows @ c.view(n, 3)).reshape(-1) + self.cross @ g, c @ self.cross + self.common @ g]
+            )
 
         def condition(r: torch.Tensor) -> torch.Tensor:
             c = torch.bmm(inverse, r[: 3 * n].view(n, 3, 1)).reshape(-1)
@@ -93,7 +95,10 @@ class System:
         order = torch.cat([order, order.new_tensor([len(order)])])
         blocks = torch.cat([blocks, blocks.new_zeros(1, 3, 3)])
         k = self.rows.near
-        turned, there = who[:, :k].flip(1), real[:, :k].flip(1)  # the column itself last: the end of the Cholesky factor is its own
+        turned, there = (
+            who[:, :k].flip(1),
+            real[:, :k].flip(1),
+        )  # the column itself last: the end of the Cholesky factor is its own
         asked = turned[:, :, None] * n + turned[:, None, :]
         at = torch.searchsorted(keys, asked).clamp(max=len(keys) - 1)
         found = (keys[at] == asked) & there[:, :, None] & there[:, None, :]
@@ -118,10 +123,10 @@ def assemble(columns: Columns, pairs: torch.Tensor, weight: torch.Tensor, images
     pairs = pairs[overlap]
     alone = torch.arange(n, device=pairs.device)
     own = _blocks(columns, windows, alone, alone)
-    known = own[:, 0, 0].median()
+    known = own[:, 0, 0].mean()
     pixel = columns.grid.pixel_nm
     damp = own.new_tensor([0.0, (pixel[0] / DAMP_NM) ** 2, (pixel[1] / DAMP_NM) ** 2])
-    damp[0] = DAMP_SHARE * known
+    damp[0] = DAMP_SHARE * known + 1e-9
     own = own + torch.diag(damp)
     blocks = _blocks(columns, windows, pairs[:, 0], pairs[:, 1])
     state = columns.state
@@ -134,7 +139,9 @@ def assemble(columns: Columns, pairs: torch.Tensor, weight: torch.Tensor, images
 def _blocks(columns: Columns, windows: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
     """[p, 3, 3] Fisher information between (a, x, y) of columns i and of columns j, in the windows of i."""
     state = columns.state
-    other_y = columns.profile_y(state.y[j], columns.corner_y[i])[:, :2] * _within(columns.corner_y, i, j, columns.height)
+    other_y = columns.profile_y(state.y[j], columns.corner_y[i])[:, :2] * _within(
+        columns.corner_y, i, j, columns.height
+    )
     other_x = columns.profile_x(state.x[j], columns.corner_x[i])[:, :2] * _within(columns.corner_x, i, j, columns.width)
     y, x = columns.gy[i, :2, None] * other_y[:, None], columns.gx[i, :2, None] * other_x[:, None]
     m = torch.bmm(torch.bmm(y.flatten(1, 2), windows[i]), x.flatten(1, 2).mT)
@@ -151,7 +158,8 @@ def _within(corner: torch.Tensor, i: torch.Tensor, j: torch.Tensor, length: int)
 
 def _scale(a: torch.Tensor, columns: Columns) -> torch.Tensor:
     """Factors of the core's derivatives in the model's derivatives by (a, x, y)."""
-    return torch.stack([torch.ones_like(a), a, a], 1) * (1 - columns.spot.tail)
+    by_a, by_place = columns.spot.scales
+    return torch.stack([torch.full_like(a, by_a), by_place * a, by_place * a], 1)
 
 
 def _rows(own: torch.Tensor, blocks: torch.Tensor, pairs: torch.Tensor, distance: torch.Tensor) -> Rows:
@@ -199,7 +207,9 @@ def _common(
         weighted = images * weight
         cross = torch.cat([cross, torch.stack([columns.moments(image) for image in weighted], 2)], 2)
         with_knots = torch.stack([grid.knots_of(image) for image in weighted])
-        shapes = (weighted.flatten(1) @ images.flatten(1).T) + torch.diag(common.new_tensor(SHAPE_PRIOR[: len(images)]) ** -2)
+        shapes = (weighted.flatten(1) @ images.flatten(1).T) + torch.diag(
+            common.new_tensor(SHAPE_PRIOR[: len(images)]) ** -2
+        )
         common = torch.cat([torch.cat([common, with_knots.T], 1), torch.cat([with_knots, shapes], 1)])
     common = common + torch.diag(1e-5 * common.diagonal() + 1e-30)
     return cross.reshape(3 * n, -1), common

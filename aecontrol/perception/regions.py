@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,9 @@ from . import views
 from .polar import Columns
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    from . import windows
 
 Maps = NDArray[np.float32]
 Labels = NDArray[np.int32]
@@ -181,14 +183,25 @@ class RegionFinder:
 
     def probability(self, kind: str, image: Maps) -> Maps:
         """Mean probability [h, w] of a class, of the ensemble, in a view [h, w] of the kind that shows this class."""
-        import torch
-
-        from . import nets
+        from . import windows
 
         channel = list(views.CLASSES).index(kind)
-        on_device = torch.from_numpy(image).to(self._device)
-        seen = [nets.probability(net, on_device)[channel].cpu().numpy() for net in self._members]
-        return np.asarray(np.mean(seen, axis=0))
+        total = np.zeros(image.shape, dtype=np.float32)
+        for net in self._members:
+            total += windows.heat(_OneChannel(cast(windows.Net, net), channel), image, self._device)[0]
+        return np.asarray(total / np.float32(len(self._members)))
+
+
+class _OneChannel:
+    """A network of which one channel is wanted: the maps of the others would fill the memory."""
+
+    def __init__(self, net: windows.Net, channel: int) -> None:
+        self.net, self.channel = net, channel
+        self.multiple, self.reach_px = net.multiple, net.reach_px
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, 1, h, w] -> logits [n, 1, h, w]."""
+        return self.net(x)[:, self.channel : self.channel + 1]
 
 
 def _views_of_columns(

@@ -181,7 +181,9 @@ def main() -> None:
     arguments = parser.parse_args()
     finder = AtomFinder()
     finder.find(np.random.default_rng(0).poisson(5.0, (64, 64)), (0.03, 0.03))  # loads the network
-    print(f"{'scene':24} {'method':8} {'counts':>8} {'RMS':>6} {'robust':>6} {'bias':>6} {'recall':>7} {'68 %':>6} {'95 %':>6}")
+    print(
+        f"{'scene':24} {'method':8} {'counts':>8} {'RMS':>6} {'robust':>6} {'bias':>6} {'recall':>7} {'68 %':>6} {'95 %':>6}"
+    )
     doses = (1000.0,) if arguments.quick else (30.0, 100.0, 1000.0, 10000.0)
     for probe in ("Gaussian", "renderer"):
         for k, crystal in enumerate(CRYSTALS):

@@ -131,6 +131,19 @@ def test_walls_are_read_from_columns(finder):
             assert walls[0].length_nm == pytest.approx(16, rel=0.1)
 
 
+def test_windows_are_the_whole_image(finder):
+    """A view too large for one window, against the network's own answer to all of it at once."""
+    import torch
+
+    seen = np.random.default_rng(0).normal(0, 1, (90, 641)).astype(np.float32)
+    for channel, kind in enumerate(views.CLASSES):
+        padded = np.pad(seen, ((0, 2), (0, 3)))
+        with torch.inference_mode():
+            answers = [net(torch.from_numpy(padded)[None, None])[0, channel].sigmoid() for net in finder._members]
+        whole = np.mean(answers, axis=0)[:90, :641]
+        assert np.abs(finder.probability(kind, seen) - whole).max() < 1e-5
+
+
 def test_nothing_is_found_in_nothing(finder):
     found = finder.find(np.full((200, 200), 3.0), (0.05, 0.05))
     assert not found.regions
@@ -174,7 +187,7 @@ def test_overlay_is_a_picture_with_every_class_named(finder, particles):
     image, pixel, _ = particles
     found = finder.find(image, pixel)
     figure = draw_regions(image, found)
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert texts == ["3 particles", "0 grain boundaries", "domain walls: not judged"]
     assert draw_png(lambda: figure)[:4] == b"\x89PNG"
 
