@@ -15,6 +15,7 @@ labels put right, and as filed (see ``porphyrin_labels``).
 from __future__ import annotations
 
 import argparse
+import io
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from scipy.optimize import linear_sum_assignment
 from aecontrol.perception.finder import AtomFinder
 from aecontrol.perception.labelled import read_labelled
 from aecontrol.perception.scale import estimate
+from tests.benchmarks.pictures import small
 from tests.benchmarks.porphyrin_labels import mended
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +133,9 @@ def draw(name: str, judged: Judged, threshold: float, folder: Path) -> None:
     axes.axis("off")
     figure.legend(loc="upper center", ncols=3, frameon=False, title=None)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=70)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    (folder / f"{name}.png").write_bytes(small(picture.getvalue()))
 
 
 def main() -> None:

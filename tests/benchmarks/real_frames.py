@@ -3,10 +3,11 @@
     python tests/benchmarks/real_frames.py [--data FOLDER] [--figures FOLDER]
 
 ``--data`` is the folder of public images (default: ``../shared/data`` beside the checkout; some are GPL-3 data and stay
-there). None is trained or tuned on. Printed for every frame: columns found, the share of them on a lattice, missing
-ones, and for every sublattice the columns, the distance to the next of the kind and "rms": of the columns per axis from
-where their neighbours put them (what the finder's errors and the crystal's own strain make together). Cells can be
-checked against the material's: SrTiO3 0.3905 nm, PbTiO3/SrRuO3 0.39 to 0.41 nm, MoS2 0.316 nm.
+there). None is trained or tuned on. Printed for every frame: columns found, how many a frame full of this crystal would
+hold, the share of them on a lattice, missing ones, and for every sublattice the columns, the distance to the next of
+the kind and "rms": of the columns per axis from where their neighbours put them (what the finder's errors and the
+crystal's own strain make together). Cells can be checked against the material's: SrTiO3 0.3905 nm, PbTiO3/SrRuO3 0.39
+to 0.41 nm, MoS2 0.316 nm; a file's own scale may be wrong.
 
 ``--figures`` writes one overlay a frame, to be looked at: every wrong mark counts.
 """
@@ -14,7 +15,6 @@ checked against the material's: SrTiO3 0.3905 nm, PbTiO3/SrRuO3 0.39 to 0.41 nm,
 from __future__ import annotations
 
 import argparse
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from aecontrol.files import read_image
 from aecontrol.find import Request, Scale, find_atoms
 from aecontrol.find_figure import draw_overlay
 from aecontrol.perception.scale import estimate
+from tests.benchmarks.pictures import small
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 FRAMES = {
@@ -34,7 +35,6 @@ FRAMES = {
     "2d/MoS2_HAADF_Exp-000-2.npz": "MoS2",
     "2d/MoS2_HAADF_Exp-001-5.npz": "MoS2, contaminated",
 }
-LARGEST_PNG = 200_000
 
 
 def judge(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -57,7 +57,7 @@ def lines(title: str, result: dict[str, Any]) -> list[str]:
     cell = " x ".join(f"{length:.4g}" for length in cells[0]) + f" {unit}" if cells else crystal["note"]
     scale = f"{result['pixel_size_nm']:.5f} nm/px ({result['scale']['source']})"
     rows = [
-        f"{title}: {len(atoms)} columns, {100 * on:.1f} % of them on {len(cells)} lattice(s), "
+        f"{title}: {len(atoms)} columns ({_full(result)}), {100 * on:.1f} % of them on {len(cells)} lattice(s), "
         f"{len(result['vacancies'])} missing; cell {cell}; {scale}"
     ]
     for s in crystal["sublattices"]:
@@ -68,18 +68,15 @@ def lines(title: str, result: dict[str, Any]) -> list[str]:
     return rows
 
 
-def small(png: bytes) -> bytes:
-    """The picture with fewer colours and pixels, until it is small enough to keep."""
-    from PIL import Image
-
-    whole = Image.open(io.BytesIO(png)).convert("RGB")
-    for width in (1200, 1000, 800, 600):
-        reduced = whole.resize((width, round(whole.height * width / whole.width)), Image.Resampling.LANCZOS)
-        data = io.BytesIO()
-        reduced.quantize(64).save(data, "PNG", optimize=True)
-        if len(data.getvalue()) < LARGEST_PNG:
-            break
-    return data.getvalue()
+def _full(result: dict[str, Any]) -> str:
+    """How many columns the frame would hold, were it full of the first grain's crystal."""
+    if not result["crystal"]["grains"]:
+        return "no crystal"
+    grain = result["crystal"]["grains"][0]
+    (a, b), (c, d) = grain["vectors"]
+    per_px = result["pixel_size_nm"] if result["unit"] == "nm" else 1.0
+    area = math.prod(result["shape"]) * per_px**2
+    return f"full: {area * len(grain['basis']) / abs(a * d - b * c):.0f}"
 
 
 def main() -> None:
