@@ -134,7 +134,7 @@ def draw(name: str, judged: Judged, threshold: float, folder: Path) -> None:
     figure.legend(loc="upper center", ncols=3, frameon=False, title=None)
     folder.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
+    figure.savefig(picture, dpi=70)
     (folder / f"{name}.png").write_bytes(small(picture.getvalue()))
 
 

@@ -9,16 +9,16 @@ LARGEST_PNG = 200_000
 
 
 def small(png: bytes) -> bytes:
-    """The picture with fewer colours and pixels, until it is small enough to keep."""
+    """The picture with fewer pixels and colours, until it is small enough to keep."""
     from PIL import Image
 
     whole = Image.open(io.BytesIO(png)).convert("RGB")
-    for wide in (1200, 1000, 900, 800, 700, 600):
+    for wide, colours in ((1200, 128), (1000, 128), (1000, 24), (800, 24), (600, 24)):
         width = min(wide, whole.width)
         reduced = whole.resize((width, round(whole.height * width / whole.width)), Image.Resampling.LANCZOS)
         data = io.BytesIO()
         # maximum coverage keeps the few red pixels of marks apart from the many grey ones
-        reduced.quantize(24, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(data, "PNG", optimize=True)
+        reduced.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(data, "PNG", optimize=True)
         if len(data.getvalue()) < LARGEST_PNG:
             break
     return data.getvalue()
