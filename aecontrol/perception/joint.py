@@ -67,17 +67,21 @@ class Patch:
         """The columns and the expected image, with margins."""
         columns = Columns(self.grid, state, spot)
         spots = columns.core()
-        if spot.tail:
-            # the tails are smooth: blurred on the coarse grid and interpolated
-            tails = self.coarse.smooth(self.sums(spots), spot.tail_blur_nm)[None, None] / self.bins**2
-            tails = torch.nn.functional.interpolate(tails, size=self.grid.shape, mode="bilinear")[0, 0]
-            spots = (1 - spot.tail) * spots + spot.tail * tails
+        if spot.wings:
+            # they are smooth: convolved on the coarse grid and interpolated
+            share = torch.tensor(spot.wings).to(spots)
+            wings = (self.coarse.wings(spot.blur_nm, spots) * share[:, None, None]).sum(0)
+            image = torch.fft.irfft2(torch.fft.rfft2(self.sums(spots) / self.bins**2) * wings, s=self.coarse.shape)
+            if self.bins > 1:
+                size = self.grid.shape
+                image = torch.nn.functional.interpolate(image[None, None], size, mode="bicubic", antialias=True)[0, 0]
+            spots = (1 - spot.tail) * spots + image
         return columns, spots + self.grid.background(state.knots)
 
-    def weight(self, model: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Inverse variance of every pixel, 0 in the margin."""
+    def weight(self, model: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Inverse variance of every pixel, 0 in the margin, and the gain."""
         v0, gain, least = variance(self.crop(model), self.crop(residual))
-        return self.inside / (v0 + gain * model).clamp(min=least)
+        return self.inside / (v0 + gain * model).clamp(min=least), gain
 
     def residual(self, model: torch.Tensor) -> torch.Tensor:
         """Image less model, 0 in the margin."""
@@ -91,17 +95,17 @@ class Patch:
         shapes: int = 0,
         weight: torch.Tensor | None = None,
     ) -> tuple[State, Spot, normal.System]:
-        """One step of all columns, the background and the first ``shapes`` parameters of the spot (0, 3 or 4).
+        """One step of all columns, the background and the first ``shapes`` parameters of the spot (0, 3 or all).
 
         ``pairs`` [p, 2]: columns that overlap; ``weight``: of the pixels, where it is not to be read off the residual.
         Returns also the normal equations before the step, in pixels of the coarse grid.
         """
         columns, model = self.model(state, spot)
         residual = self.residual(model)
-        weight = self.weight(model, residual) if weight is None else weight
+        weight = self.weight(model, residual)[0] if weight is None else weight
         b = self.bins
         coarse = Columns(self.coarse, replace(state, x=state.x / b, y=state.y / b), spot, NARROW)
-        images = coarse.shape_images(tail=shapes > 3) if shapes else None
+        images = coarse.shape_images(wings=shapes > 3) if shapes else None
         # the sum of b^2 pixels has b^2 times the signal: its weight is the sum of theirs / b^4
         system = normal.assemble(coarse, pairs, self.sums(weight) / b**4, images)
         force = weight * residual
@@ -124,24 +128,36 @@ class Patch:
         model itself is poor the significance is measured in its own spread.
         """
         columns, model = self.model(state, spot)
-        weight = self.weight(model, self.residual(model))
+        weight, gain = self.weight(model, self.residual(model))
         b, grid, blur = self.bins, self.coarse, spot.blur_nm
-        known = grid.smooth(self.sums(weight), blur / math.sqrt(2)).clamp(min=0)
-        score = grid.smooth(self.sums(weight * self.residual(model)), blur)
-        area = 4 * math.pi * columns.sx * columns.sy
+        known = grid.smooth(self.sums(weight), blur / math.sqrt(2)).clamp(min=0) / (
+            4 * math.pi * columns.sx * columns.sy
+        )
+        excess = grid.smooth(self.sums(weight * self.residual(model)), blur) / known.clamp(min=1e-30)
         # fits that use less than a fifth of a spot are guesses about what lies beyond the rim
-        score = torch.where(known > 0.2 * known.max(), score / (known / area).clamp(min=1e-30).sqrt(), 0.0)
+        score = torch.where(known > 0.2 * known.max(), _significance(excess, known, gain), 0.0)
         spread = 1.4826 * float(score[known > 0.2 * known.max()].abs().median())
         y, x = (2 * max(1, round(APART_NM / p)) + 1 for p in grid.pixel_nm[::-1])
         top = torch.nn.functional.max_pool2d(score[None, None], (y, x), 1, (y // 2, x // 2))[0, 0]
-        enough = FAINTEST * state.a.median() * (known / area).clamp(min=0).sqrt()
-        row, col = torch.nonzero((score == top) & (score > MISSED * max(1.0, spread)) & (score > enough)).T
+        enough = excess > FAINTEST * state.a.median()
+        row, col = torch.nonzero((score == top) & (score > MISSED * max(1.0, spread)) & enough).T
         x, y = ((at + 0.5 - grid.margin) * b for at in (col, row))
         near = torch.hypot(
             *((a[:, None] - at) * p for a, at, p in zip((x, y), (state.x, state.y), self.grid.pixel_nm, strict=True))
         )
         alone = (near > APART_NM).all(1)
         return x[alone], y[alone]
+
+
+def _significance(excess: torch.Tensor, known: torch.Tensor, gain: float) -> torch.Tensor:
+    """Standard deviations of ``excess`` intensity with information ``known``: the signed root of the likelihood ratio of
+    Poisson counts, for few of them rise by chance further than a Gaussian does."""
+    normal = excess * known.sqrt()
+    if gain <= 0:
+        return normal
+    there, more = 1 / (known * gain**2).clamp(min=1e-30), excess.clamp(min=0) / gain
+    ratio = 2 * ((there + more) * torch.log1p(more / there) - more)
+    return torch.where(excess > 0, torch.minimum(ratio.clamp(min=0).sqrt(), normal), normal)
 
 
 def variance(model: torch.Tensor, residual: torch.Tensor) -> tuple[float, float, float]:

@@ -176,6 +176,22 @@ class AmplitudeFit:
         self.base = unit * v0 - self.gain * low
         return np.asarray(1 / np.maximum(self.base + self.gain * model, 0.02 * unit))
 
+    def moves(self, amplitude: Floats) -> tuple[Floats, Floats]:
+        """One Newton step [n, 2] of the positions of columns of ``amplitude`` [n], all else held, and its standard error
+        per axis [n]; none where a column is dark."""
+        model = self.spots.draw(amplitude) + self.background
+        variance = self.base + self.gain * model
+        weight = 1 / np.maximum(variance, 0.02 * float(variance.mean()))
+        residual, weight = self.spots.gather(weight * (self.image - model)), self.spots.gather(weight)
+        row, col = np.divmod(self.spots.index, self.shape[1])
+        force, known = np.empty((len(amplitude), 2)), np.empty((len(amplitude), 2))
+        for axis, (number, size) in enumerate(zip((col, row), self.pixel, strict=True)):
+            slope = self.spots.share * ((number + 0.5) * size - self.xy[:, axis, None]) / self.blur**2
+            force[:, axis] = amplitude * np.einsum("np,np->n", slope, residual)
+            known[:, axis] = amplitude**2 * np.einsum("np,np,np->n", slope, slope, weight)
+        known = np.maximum(known, 1e-9 * float(known.max()) + 1e-300)
+        return force / known, np.asarray(known.mean(1) ** -0.5)
+
     def as_counts(self) -> tuple[Floats, Floats]:
         """Image and background in units in which the variance equals the mean, as for counts."""
         shift = self.base / self.gain**2

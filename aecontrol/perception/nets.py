@@ -153,25 +153,26 @@ def save(members: Sequence[nn.Module], kind: NetworkKind, size: int, outputs: Se
     return bytes(save_tensors(tensors, {"aecontrol": json.dumps(settings, sort_keys=True)}))
 
 
-def load(data: bytes, device: str = "cpu") -> tuple[list[nn.Module], tuple[str, ...]]:
-    """The ensemble that ``save`` wrote, ready for inference on ``device``, and the names of its outputs.
+def load(data: bytes, device: str = "cpu", trainable: bool = False) -> tuple[list[nn.Module], tuple[str, ...]]:
+    """The ensemble that ``save`` wrote, ready for inference on ``device`` (``trainable``: to be trained further), and
+    the names of its outputs.
 
     Raises KeyError, ValueError, RuntimeError or SafetensorError on foreign or damaged bytes."""
     from safetensors.torch import load as load_tensors
 
     tensors: dict[str, Tensor] = load_tensors(data)
-    settings = _settings(data)
+    settings = settings_of(data)
     members = []
     for m in range(settings["members"]):
         net = create(settings["network"], settings["size"], len(settings["outputs"]))
         prefix = f"{m}."
         net.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        members.append(place(for_inference(net), device))
+        members.append(place(net if trainable else for_inference(net), device))
     return members, tuple(settings["outputs"])
 
 
-def _settings(data: bytes) -> dict[str, Any]:
-    """What ``save`` noted in the header (safetensors: 8 bytes of length, then JSON)."""
+def settings_of(data: bytes) -> dict[str, Any]:
+    """What ``save`` noted in the header: network, size, outputs, members (safetensors: 8 bytes of length, then JSON)."""
     length = int.from_bytes(data[:8], "little")
     settings: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["aecontrol"])
     return settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-REVISION = "1"
+REVISION = "2"
 """Raised when the reading of a frame changes with the same settings and weights; part of ``version``."""
 _LISTED_CONFIDENCE = 0.2
 """Atoms less certain than this are not even listed, unless the target asks for them."""
@@ -59,6 +60,7 @@ class AtomPerceiver(Model):
         "network",
         description="'network': the trained U-Net; 'spots': a training-free fit, for single atoms on an uneven support",
     )
+    weights: Path | None = Field(None, description="safetensors file of the network; None: the shipped one")
     embedding: EmbeddingConfig = VaeEmbedding()
     patch_size_nm: Positive = Field(0.4, description="side of the square patches, nm")
     patch_pixels: Annotated[int, Field(ge=8, le=64)] = Field(16, description="pixels along a patch's side")
@@ -78,7 +80,7 @@ class AtomPerceiver(Model):
         from aecontrol.perception.device import resolve
         from aecontrol.perception.finder import AtomFinder
 
-        return AtomReader(self, AtomFinder(device=resolve(device)))
+        return AtomReader(self, AtomFinder(self.weights, resolve(device)))
 
 
 class AtomReader:

@@ -1,8 +1,8 @@
 """The model of an image for the joint fit: many copies of one spot on a smooth background, worked on in windows.
 
-The spot is an elliptical Gaussian core plus a share of the same core blurred further (the tails of a real probe),
-sampled at pixel centres, of unit sum. The core is a product of functions of x and y, so that sums over columns'
-windows are small batched matrix products.
+The spot is an elliptical Gaussian core and, in bright images, the wings of a real probe, sampled at pixel centres, of
+unit sum. The core is a product of functions of x and y, so that sums over columns' windows are small batched matrix
+products; the wings are the core convolved with wider functions, in Fourier space and for all columns at once.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .refine import BLUR_RANGE_NM
+
 Floats = NDArray[np.float64]
 
-BLUR_RANGE_NM = (0.025, 0.13)
-"""Blur outside this is no atomic column."""
 KNOT_NM = 0.8
 """Spacing of the background's knots: wide enough not to imitate a column, narrow enough for contamination."""
 WINDOW = 3.7
 """Half width of a column's window in blurs; the core there is 0.1 % of its peak."""
-TAIL = 2.5
-"""Width of the tails over that of the core: fits diffraction-limited probes of any aperture to 0.6 % (RMS)."""
+WIDTHS = (1.5, 2.5, 4.5)
+"""Of the Gaussians that share the intensity with the core, in blurs: together they follow the tails of an aberrated
+probe to 0.5 % of its peak."""
+WINGS = 8
+"""Parameters of the wings: the shares of these Gaussians, then the two quadrupoles of second order and the monopole and
+two octupoles of fourth order, all of the narrowest."""
 RIM = 8.0
 """The spot is not judged this close to the rim of an image, blurs."""
 
@@ -31,12 +35,12 @@ RIM = 8.0
 @dataclass(frozen=True)
 class Spot:
     """The spot common to all columns: core's standard deviation exp(log_blur) nm, times exp(+-stretch) along x and y;
-    ``shear`` its correlation of x and y; ``tail`` the share of counts in the tails."""
+    ``shear`` its correlation of x and y; ``wings`` none or ``WINGS`` numbers."""
 
     log_blur: float
     stretch: float = 0.0
     shear: float = 0.0
-    tail: float = 0.0
+    wings: tuple[float, ...] = ()
 
     @property
     def blur_nm(self) -> float:
@@ -44,17 +48,29 @@ class Spot:
         return math.exp(self.log_blur)
 
     @property
-    def tail_blur_nm(self) -> float:
-        """Standard deviation of the Gaussian that widens the core to the tails, nm."""
-        return self.blur_nm * math.sqrt(TAIL**2 - 1)
+    def tail(self) -> float:
+        """Share of the intensity outside the core."""
+        return sum(self.wings[: len(WIDTHS)])
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Factors by which the core, of all the intensity, stands for the spot in its response to intensity and to
+        place: its inner products with the spot over those with itself, (2 / (width^2 + 1)) and the square of that for a
+        Gaussian of ``width`` blurs."""
+        parts = [(share, 2 / (width**2 + 1)) for share, width in zip(self.wings, WIDTHS, strict=False)]
+        return 1 - sum(t * (1 - k) for t, k in parts), 1 - sum(t * (1 - k**2) for t, k in parts)
 
     def moved(self, step: Floats) -> Spot:
         """The spot after a step in its first parameters, kept within what a column can look like."""
-        now = np.array([self.log_blur, self.stretch, self.shear, self.tail])
-        now[: len(step)] += np.clip(step, -0.2, 0.2)
-        return Spot(
-            *np.clip(now, *zip(np.log(BLUR_RANGE_NM), (-0.3, 0.3), (-0.3, 0.3), (-0.2, 0.5), strict=True)).tolist()
+        now = np.array(
+            [self.log_blur, self.stretch, self.shear, *self.wings, *np.zeros(max(0, len(step) - 3 - len(self.wings)))]
         )
+        now[: len(step)] += np.clip(step, -0.2, 0.2)
+        now[0] = np.clip(now[0], *np.log(BLUR_RANGE_NM))
+        now[1:] = np.clip(now[1:], -0.4, 0.4)
+        shares = slice(3, 3 + len(WIDTHS))
+        now[shares] = np.maximum(now[shares], 0.0)
+        return Spot(*now[:3].tolist(), tuple(now[3:].tolist()))
 
 
 @dataclass(frozen=True)
@@ -116,11 +132,28 @@ class Grid:
 
     def smooth(self, image: torch.Tensor, width_nm: float) -> torch.Tensor:
         """``image`` blurred with a Gaussian of standard deviation ``width_nm`` (round the rims: keep to the inside)."""
+        y, x = (torch.exp(-0.5 * (width_nm * q) ** 2) for q in self.frequencies(image))
+        return torch.fft.irfft2(torch.fft.rfft2(image) * (y * x), s=self.shape)
+
+    def frequencies(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[rows, 1] and [1, cols/2 + 1] angular frequencies of ``rfft2``, rad/nm."""
         y, x = (
-            torch.exp(-2 * (math.pi * width_nm / p * f(n)) ** 2).to(image)
+            2 * math.pi / p * f(n)
             for n, p, f in zip(self.shape, self.pixel_nm[::-1], (torch.fft.fftfreq, torch.fft.rfftfreq), strict=True)
         )
-        return torch.fft.irfft2(torch.fft.rfft2(image) * y[:, None] * x, s=self.shape)
+        return y[:, None].to(like), x[None].to(like)
+
+    def wings(self, blur_nm: float, like: torch.Tensor) -> torch.Tensor:
+        """[WINGS, rows, cols/2 + 1] Fourier transforms of the functions that the core is convolved with in the wings."""
+        y, x = self.frequencies(like)
+        bells = [
+            torch.exp(-0.5 * (w**2 - 1) * (blur_nm * y) ** 2) * torch.exp(-0.5 * (w**2 - 1) * (blur_nm * x) ** 2)
+            for w in WIDTHS
+        ]
+        y, x = y * WIDTHS[0] * blur_nm, x * WIDTHS[0] * blur_nm
+        second, cross, square = x**2 - y**2, 2 * x * y, x**2 + y**2
+        fourth = [square**2, second**2 - cross**2, 2 * second * cross]
+        return torch.stack([*bells, *(bells[0] * f for f in (second, cross, *fourth))])
 
 
 def _hats(length: int, pixel_nm: float, like: torch.Tensor) -> torch.Tensor:
@@ -175,17 +208,22 @@ class Columns:
         scale = self.gy.new_tensor([1.0, self.spot.shear * self.sx * self.sy])[:, None]
         return self.splat(self.gy[:, :2] * (scale * self.state.a[:, None, None]), self.gx[:, :2])
 
-    def shape_images(self, tail: bool) -> torch.Tensor:
-        """[3 or 4, rows, cols] derivative of the model by the spot's parameters, in the order of :class:`Spot`."""
+    def shape_images(self, wings: bool) -> torch.Tensor:
+        """[3, rows, cols] derivative of the model by the spot's parameters, in the order of :class:`Spot`; with ``wings``
+        those of all."""
         a = (self.state.a * self._inside())[:, None, None] * (1 - self.spot.tail)
         xx = self.splat(self.gy[:, :1] * (a * self.sx**2), self.gx[:, 2:])
         yy = self.splat(self.gy[:, 2:] * (a * self.sy**2), self.gx[:, :1])
         xy = self.splat(self.gy[:, 1:2] * (a * self.sx * self.sy), self.gx[:, 1:2])
-        images = [xx + yy, xx - yy, xy]
-        if tail:
+        images = torch.stack([xx + yy, xx - yy, xy])
+        if wings:
             core = self.core()
-            images.append(self.grid.smooth(core, self.spot.tail_blur_nm) - core)
-        return torch.stack(images) * self._heart()
+            parts = torch.fft.irfft2(
+                torch.fft.rfft2(core) * self.grid.wings(self.spot.blur_nm, core), s=self.grid.shape
+            )
+            parts[: len(WIDTHS)] -= core
+            images = torch.cat([images, parts])
+        return images * self._heart()
 
     def _heart(self) -> torch.Tensor:
         """1 in the image, 0 within ``RIM`` blurs of its rim: light from beyond would pose as tails."""
@@ -204,9 +242,10 @@ class Columns:
     def moments(self, image: torch.Tensor) -> torch.Tensor:
         """[n, 3] inner products of ``image`` with the derivatives of the model by a, x, y: of round cores only, for
         shear and tails hold next to nothing about where a column is."""
-        q = torch.bmm(torch.bmm(self.gy[:, :2], self.gather(image)), self.gx[:, :2].mT) * (1 - self.spot.tail)
-        a = self.state.a
-        return torch.stack([q[:, 0, 0], a * q[:, 0, 1], a * q[:, 1, 0]], 1)
+        q = torch.bmm(torch.bmm(self.gy[:, :2], self.gather(image)), self.gx[:, :2].mT)
+        by_a, by_place = self.spot.scales
+        a = by_place * self.state.a
+        return torch.stack([by_a * q[:, 0, 0], a * q[:, 0, 1], a * q[:, 1, 0]], 1)
 
 
 def _profile(at: torch.Tensor, first: torch.Tensor, sigma: float, length: int) -> torch.Tensor:

@@ -116,6 +116,20 @@ def test_without_refinement_what_was_not_measured_is_null(find, frame, tmp_path)
     ]  # fmt: skip
 
 
+def test_an_unknown_pixel_size_is_estimated_and_results_stay_in_pixels(find, frame, tmp_path):
+    image, at = frame
+    saved(tmp_path / "a.npy", image)
+    code, result = find("a.npy")
+    assert code == 0
+    assert (result["unit"], result["scale"]["source"]) == ("px", "estimated")
+    assert "not a calibration" in result["scale"]["how"]
+    assert result["pixel_size_nm"] == pytest.approx(PIXEL, rel=0.4)  # spots of 0.045 nm are taken for 0.06 nm
+    found = np.array([(atom["x"], atom["y"]) for atom in result["atoms"]])
+    inner = at[((at > 6) & (at < 122)).all(1)]
+    assert np.hypot(*(inner[:, None] - found[None]).transpose(2, 0, 1)).min(1).max() < 1.5
+    assert result["crystal"]["sublattices"][0]["spacing"] == pytest.approx(SPACING / PIXEL, rel=0.02)
+
+
 def test_the_same_image_gives_the_same_files(find, frame, tmp_path):
     saved(tmp_path / "a.npy", frame[0])
     for out in ("one", "two"):
@@ -210,7 +224,7 @@ def test_what_is_no_image_is_refused_with_a_reason(find, frame, tmp_path, name):
         (b"hello", "a.dm3", (), "could not be read"),
         (b"hello", "a.xyz", (), "no reader"),
         (None, "a.npy", (), "no file"),
-        ("image", "a.npy", (), "--pixel-size-nm"),
+        ("noise", "a.npy", (), "give --pixel-size-nm"),
         ("image", "a.npy", ("--pixel-size-nm", "0.5"), "up to 0.13 nm"),
         ("image", "a.npy", ("--pixel-size-nm", "nan"), "pixel_size_nm"),
         ("image", "a.npy", ("--pixel-size-nm", "-0.02"), "pixel_size_nm"),
@@ -224,8 +238,8 @@ def test_what_is_no_image_is_refused_with_a_reason(find, frame, tmp_path, name):
     ],
 )
 def test_a_wrong_file_or_argument_is_named(find, frame, tmp_path, content, name, arguments, says):
-    if content == "image":
-        saved(tmp_path / name, frame[0])
+    if content in ("image", "noise"):
+        saved(tmp_path / name, frame[0] if content == "image" else np.random.default_rng(0).poisson(9, (64, 64)))
     elif content is not None:
         (tmp_path / name).write_bytes(content)
     code, said = find(name, *arguments)

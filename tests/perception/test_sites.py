@@ -58,8 +58,9 @@ def seen(xy, counts, seed=0):
     at = (xy + random.normal(size=xy.shape) * sigma[:, None]) / PIXEL
     error = 1.3 * np.sqrt(counts)
     intensity = counts + error * random.normal(size=len(xy))
-    one = np.ones(len(xy))
-    return Found(at[:, 0], at[:, 1], one, sigma / PIXEL, sigma / PIXEL, intensity, error, 0.05, BLUR)
+    one, none = np.ones(len(xy)), np.zeros(len(xy))
+    place = (at[:, 0], at[:, 1], one, sigma / PIXEL, sigma / PIXEL)
+    return Found(*place, intensity, error, none, none, none > 0, 0.05, BLUR)
 
 
 def named(xy, counts, drawn=None, seed=0, size_nm=6.0) -> Sites:
