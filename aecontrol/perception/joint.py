@@ -111,7 +111,9 @@ class Patch:
         force = weight * residual
         common = self.grid.knots_of(force)
         if images is not None:
-            common = torch.cat([common, (images.flatten(1) @ self.sums(force).flatten()) / b**2])
+            prior = common.new_tensor(spot.values(len(images))) / common.new_tensor(normal.SHAPE_PRIOR[: len(images)]) ** 2
+            prior[0] = 0  # of the blur only the step is damped
+            common = torch.cat([common, (images.flatten(1) @ self.sums(force).flatten()) / b**2 - prior])
         moments = columns.moments(force) * force.new_tensor([1.0, b, b])
         move, shared = system.solve(moments, common)
         limit = move.new_tensor([columns.sx, columns.sy]) * MAX_STEP

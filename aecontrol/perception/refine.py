@@ -31,7 +31,7 @@ TILE_NM, HALO_NM = 6.5, 0.45
 PILOT_NM = 2.0
 """Sides of the square on which the first blur is chosen."""
 FIRST_BLURS_NM = (0.04, 0.06, 0.09)
-STEPS, MORE_STEPS = 4, 3
+STEPS, MORE_STEPS = 4, 7
 """Of the fit, and again with the columns that it showed to be missing or with the spot's tails."""
 FEW = 4.0
 """Relative excess of the variance over the inverse Fisher information times the squared significance: measured, from

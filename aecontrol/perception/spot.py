@@ -25,7 +25,7 @@ WINDOW = 3.7
 WIDTHS = (1.5, 2.5, 4.5)
 """Of the Gaussians that share the intensity with the core, in blurs: together they follow the tails of an aberrated
 probe to 0.5 % of its peak."""
-WINGS = 8
+WINGS = 10
 """Parameters of the wings: the shares of these Gaussians, then the two quadrupoles of second order and the monopole and
 two octupoles of fourth order, all of the narrowest."""
 RIM = 8.0
@@ -60,9 +60,14 @@ class Spot:
         parts = [(share, 2 / (width**2 + 1)) for share, width in zip(self.wings, WIDTHS, strict=False)]
         return 1 - sum(t * (1 - k) for t, k in parts), 1 - sum(t * (1 - k**2) for t, k in parts)
 
+    def values(self, number: int) -> list[float]:
+        """The first ``number`` parameters; wings that the spot has not got are 0."""
+        values = [self.log_blur, self.stretch, self.shear, *self.wings]
+        return [*values, *[0.0] * (number - len(values))][:number]
+
     def moved(self, step: Floats) -> Spot:
         """The spot after a step in its first parameters, kept within what a column can look like."""
-        now = np.array([self.log_blur, self.stretch, self.shear, *self.wings, *np.zeros(max(0, len(step) - 3 - len(self.wings)))])
+        now = np.array(self.values(max(len(step), 3 + len(self.wings))))
         now[: len(step)] += np.clip(step, -0.2, 0.2)
         now[0] = np.clip(now[0], *np.log(BLUR_RANGE_NM))
         now[1:] = np.clip(now[1:], -0.4, 0.4)
@@ -142,7 +147,7 @@ class Grid:
         bells = [torch.exp(-0.5 * (w**2 - 1) * (blur_nm * y) ** 2) * torch.exp(-0.5 * (w**2 - 1) * (blur_nm * x) ** 2) for w in WIDTHS]
         y, x = y * WIDTHS[0] * blur_nm, x * WIDTHS[0] * blur_nm
         second, cross, square = x**2 - y**2, 2 * x * y, x**2 + y**2
-        fourth = [square**2, second**2 - cross**2, 2 * second * cross]
+        fourth = [square * second, square * cross, square**2, second**2 - cross**2, 2 * second * cross]
         return torch.stack([*bells, *(bells[0] * f for f in (second, cross, *fourth))])
 
 
