@@ -91,8 +91,14 @@ def expected_error_nm(
     for level in levels:
         both = np.full(len(around), level)
         _, error = joint(
-            around, both, max(background_per_nm2, 1e-6) * pixel**2, gaussian(blur_nm), pixel, (0.0, 0.0), 
-            radius_nm=(apart_nm or 0.0) + 1e-6, margin_nm=spread,
+            around,
+            both,
+            max(background_per_nm2, 1e-6) * pixel**2,
+            gaussian(blur_nm),
+            pixel,
+            (0.0, 0.0),
+            radius_nm=(apart_nm or 0.0) + 1e-6,
+            margin_nm=spread,
         )
         errors.append(error[0, :2].mean())
     return np.asarray(np.exp(np.interp(np.log(np.maximum(counts, levels[0])), np.log(levels), np.log(errors))))

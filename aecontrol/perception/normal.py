@@ -62,7 +62,9 @@ class System:
 
         def apply(v: torch.Tensor) -> torch.Tensor:
             c, g = v[: 3 * n], v[3 * n :]
-            return torch.cat([(self.rows @ c.view(n, 3)).reshape(-1) + self.cross @ g, c @ self.cross + self.common @ g])
+            return torch.cat(
+                [(self.rows @ c.view(n, 3)).reshape(-1) + self.cross @ g, c @ self.cross + self.common @ g]
+            )
 
         def condition(r: torch.Tensor) -> torch.Tensor:
             c = torch.bmm(inverse, r[: 3 * n].view(n, 3, 1)).reshape(-1)
@@ -93,7 +95,10 @@ class System:
         order = torch.cat([order, order.new_tensor([len(order)])])
         blocks = torch.cat([blocks, blocks.new_zeros(1, 3, 3)])
         k = self.rows.near
-        turned, there = who[:, :k].flip(1), real[:, :k].flip(1)  # the column itself last: the end of the Cholesky factor is its own
+        turned, there = (
+            who[:, :k].flip(1),
+            real[:, :k].flip(1),
+        )  # the column itself last: the end of the Cholesky factor is its own
         asked = turned[:, :, None] * n + turned[:, None, :]
         at = torch.searchsorted(keys, asked).clamp(max=len(keys) - 1)
         found = (keys[at] == asked) & there[:, :, None] & there[:, None, :]
@@ -134,7 +139,9 @@ def assemble(columns: Columns, pairs: torch.Tensor, weight: torch.Tensor, images
 def _blocks(columns: Columns, windows: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
     """[p, 3, 3] Fisher information between (a, x, y) of columns i and of columns j, in the windows of i."""
     state = columns.state
-    other_y = columns.profile_y(state.y[j], columns.corner_y[i])[:, :2] * _within(columns.corner_y, i, j, columns.height)
+    other_y = columns.profile_y(state.y[j], columns.corner_y[i])[:, :2] * _within(
+        columns.corner_y, i, j, columns.height
+    )
     other_x = columns.profile_x(state.x[j], columns.corner_x[i])[:, :2] * _within(columns.corner_x, i, j, columns.width)
     y, x = columns.gy[i, :2, None] * other_y[:, None], columns.gx[i, :2, None] * other_x[:, None]
     m = torch.bmm(torch.bmm(y.flatten(1, 2), windows[i]), x.flatten(1, 2).mT)
@@ -200,7 +207,9 @@ def _common(
         weighted = images * weight
         cross = torch.cat([cross, torch.stack([columns.moments(image) for image in weighted], 2)], 2)
         with_knots = torch.stack([grid.knots_of(image) for image in weighted])
-        shapes = (weighted.flatten(1) @ images.flatten(1).T) + torch.diag(common.new_tensor(SHAPE_PRIOR[: len(images)]) ** -2)
+        shapes = (weighted.flatten(1) @ images.flatten(1).T) + torch.diag(
+            common.new_tensor(SHAPE_PRIOR[: len(images)]) ** -2
+        )
         common = torch.cat([torch.cat([common, with_knots.T], 1), torch.cat([with_knots, shapes], 1)])
     common = common + torch.diag(1e-5 * common.diagonal() + 1e-30)
     return cross.reshape(3 * n, -1), common

@@ -21,9 +21,7 @@ from aecontrol.perception import bound
 def test_isolated_columns_have_the_tabulated_bound(counts, pixel, background, expected):
     """Independent figures for a Gaussian of 0.04 nm in a window of 2.6 times that each way."""
     at, window = np.array([[0.003, -0.002]]), {"radius_nm": 0.01, "margin_nm": 0.094}
-    _, error = bound.joint(
-        at, np.array([float(counts)]), background, bound.gaussian(0.04), pixel, (0.0, 0.0), **window
-    )
+    _, error = bound.joint(at, np.array([float(counts)]), background, bound.gaussian(0.04), pixel, (0.0, 0.0), **window)
     assert error[0, :2] == pytest.approx(expected, rel=0.01)
 
 
