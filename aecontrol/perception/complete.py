@@ -174,9 +174,7 @@ def _look(data: Floats, pixel: tuple[float, float], pool: _Pool, xy: Floats, blu
     other = np.setdiff1d(np.arange(len(xy)), pool.peak)
     columns = np.concatenate([pool.xy, xy[other]])
     fit = AmplitudeFit(data, pixel, columns, np.zeros(len(columns)), blur, spacing)
-    _, kind, number = np.unique(
-        np.stack([pool.grain, pool.site], 1), axis=0, return_inverse=True, return_counts=True
-    )
+    _, kind, number = np.unique(np.stack([pool.grain, pool.site], 1), axis=0, return_inverse=True, return_counts=True)
     few = number[kind.ravel()] <= _AROUND
     kind = np.concatenate([np.where(few, -1, kind.ravel()), np.full(len(other), -1)])
     filled = occupation(fit, kind, kind >= 0)

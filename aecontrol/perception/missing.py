@@ -337,9 +337,7 @@ def _expected(a: Floats, v: Floats, of: _Levels, p: Floats) -> Floats:
     return np.asarray((p * (a[:, None] * own + of.level * prior) / (own + prior)).sum(1))
 
 
-def _by_counts(
-    scene: _Scene, amplitude: Floats, level: Floats, kind: int, of: _Levels, probability: Floats
-) -> Floats:
+def _by_counts(scene: _Scene, amplitude: Floats, level: Floats, kind: int, of: _Levels, probability: Floats) -> Floats:
     """Posterior [m, 3] of one class's judged sites by the Poisson likelihood of their pixels, where there is any doubt.
 
     Columns of one class differ by its spread: the likelihood is the mean over it.
