@@ -73,13 +73,15 @@ class Candidates:
 
 @dataclass(frozen=True)
 class _Pool:
-    """All sites of all grains, at their predicted places: grain number, cell, site of the cell, and the find there."""
+    """All sites of all grains, at their predicted places: grain number, cell, site of the cell, the find there (-1:
+    none), and whether it is in the frame."""
 
     xy: Floats
     grain: Ints
     cell: Ints
     site: Ints
     peak: Ints
+    framed: Bools
 
 
 def complete(
@@ -96,17 +98,17 @@ def complete(
     if not grains:
         return _as_found(xy, confidence, np.flatnonzero(confidence >= threshold))
     weights = [np.ones(len(g.atoms)) for g in grains]
-    blur, held = FIRST_BLUR_NM, 0
+    blur, held = FIRST_BLUR_NM, sum(len(g.atoms) for g in grains)
     for turn in range(_ROUNDS):
         pool = _pool(grains, weights, xy, size)
         view = _look(data, pixel_size_nm, pool, xy, blur)
-        blur, before, held = view.blur, held, int(view.good.sum())
-        if turn and held < _GROWN * before:
+        blur, before, held = view.blur, held, int((view.good & pool.framed).sum())
+        if held < _GROWN * before:
             break
         grains, weights = _regrown(grains, pool, view, first=turn == 0)
         if not grains:
             return _as_found(xy, confidence, np.flatnonzero(confidence >= threshold))
-    return _chosen(pool, view, xy, confidence, threshold, size)
+    return _chosen(pool, view, xy, confidence, threshold)
 
 
 def _as_found(xy: Floats, confidence: Floats, rows: Ints) -> Candidates:
@@ -140,7 +142,8 @@ def _pool(grains: list[Grain], weights: list[Floats], xy: Floats, size: Floats) 
     order = np.lexsort([off, peak])
     again = np.concatenate([[False], peak[order][1:] == peak[order][:-1]])
     peak[order[again]] = -1
-    return _Pool(at, number[keep], cell[keep], site[keep], peak)
+    framed = ((at >= 0) & (at <= size)).all(1)
+    return _Pool(at, number[keep], cell[keep], site[keep], peak, framed)
 
 
 @dataclass(frozen=True)
@@ -171,9 +174,7 @@ def _look(data: Floats, pixel: tuple[float, float], pool: _Pool, xy: Floats, blu
     other = np.setdiff1d(np.arange(len(xy)), pool.peak)
     columns = np.concatenate([pool.xy, xy[other]])
     fit = AmplitudeFit(data, pixel, columns, np.zeros(len(columns)), blur, spacing)
-    _, kind, number = np.unique(
-        np.stack([pool.grain, pool.site], 1), axis=0, return_inverse=True, return_counts=True
-    )
+    _, kind, number = np.unique(np.stack([pool.grain, pool.site], 1), axis=0, return_inverse=True, return_counts=True)
     few = number[kind.ravel()] <= _AROUND
     kind = np.concatenate([np.where(few, -1, kind.ravel()), np.full(len(other), -1)])
     filled = occupation(fit, kind, kind >= 0)
@@ -216,14 +217,13 @@ def _regrown(grains: list[Grain], pool: _Pool, view: _View, first: bool) -> tupl
     return regrown, weights
 
 
-def _chosen(pool: _Pool, view: _View, xy: Floats, confidence: Floats, threshold: float, size: Floats) -> Candidates:
+def _chosen(pool: _Pool, view: _View, xy: Floats, confidence: Floats, threshold: float) -> Candidates:
     """Sites that hold an atom, and finds elsewhere."""
     from scipy.spatial import cKDTree
 
     said = np.where(pool.peak >= 0, confidence[pool.peak], 0.0)
     certain = np.where(view.inside, view.probability, said)
-    framed = ((pool.xy >= 0) & (pool.xy <= size)).all(1)
-    keep = (certain >= threshold) & (framed | (pool.peak >= 0))
+    keep = (certain >= threshold) & (pool.framed | (pool.peak >= 0))
     scatter = np.full(len(pool.xy), np.inf)
     for kind in np.unique(np.stack([pool.grain, pool.site], 1), axis=0):
         mine = view.good & (pool.grain == kind[0]) & (pool.site == kind[1])

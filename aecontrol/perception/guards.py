@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -91,8 +92,10 @@ class Spots:
         """Least squares with weights 1 / ``variance``: intensities (not negative), then knots."""
         weighted = self._design.multiply(1 / variance.ravel()).tocsr()
         normal = (weighted @ self._design.T).toarray()
-        normal[np.diag_indices_from(normal)] *= 1 + 1e-6  # two finds at one place share its intensity
-        free = np.linalg.lstsq(normal, weighted @ image.ravel(), rcond=1e-12)[0]
+        size = normal.diagonal()
+        # two finds at one place share its intensity; one beyond the rim has none
+        normal[np.diag_indices_from(normal)] += 1e-6 * size + 1e-9 * size.max()
+        free = np.linalg.solve(normal, weighted @ image.ravel())
         free[: self.number] = np.maximum(free[: self.number], 0.0)
         return np.asarray(free)
 
@@ -259,8 +262,9 @@ def refusals(before: Result, after: Result) -> list[str]:
     reasons = []
     if not gain.sum() > SURE * error:
         reasons.append(
-            f"finds in one half of the held-out electrons do not foretell the other half better: misfit {old.misfit:.4f} "
-            f"before, {new.misfit:.4f} after ({gain.sum() / error:.1f} standard errors, at least {SURE:g} asked)"
+            "finds in one half of the held-out electrons do not foretell the other half better: misfit "
+            f"{old.misfit:.4f} before, {new.misfit:.4f} after "
+            f"({gain.sum() / error:.1f} standard errors better, at least {SURE:g} asked)"
         )
     for what, was, now, drop in (
         ("F1 on simulated scenes", old.simulated_f1, new.simulated_f1, F1_MAY_DROP),
@@ -272,7 +276,7 @@ def refusals(before: Result, after: Result) -> list[str]:
     return reasons
 
 
-def look(finder: AtomFinder, image: Floats, pixel_nm: tuple[float, float]) -> Found:
+def look(finder: AtomFinder, image: NDArray[np.floating[Any]], pixel_nm: tuple[float, float]) -> Found:
     """What the networks alone say: the joint fit would mend their finds, and is not what was taught."""
     return finder.find(image, pixel_nm, refined=False)
 

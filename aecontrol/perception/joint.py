@@ -69,13 +69,10 @@ class Patch:
         spots = columns.core()
         if spot.wings:
             # they are smooth: convolved on the coarse grid and interpolated
-            share = torch.tensor(spot.wings).to(spots)
-            wings = (self.coarse.wings(spot.blur_nm, spots) * share[:, None, None]).sum(0)
-            image = torch.fft.irfft2(torch.fft.rfft2(self.sums(spots) / self.bins**2) * wings, s=self.coarse.shape)
+            wings = self.coarse.with_wings(self.sums(spots) / self.bins**2, spot)[None, None]
             if self.bins > 1:
-                size = self.grid.shape
-                image = torch.nn.functional.interpolate(image[None, None], size, mode="bicubic", antialias=True)[0, 0]
-            spots = (1 - spot.tail) * spots + image
+                wings = torch.nn.functional.interpolate(wings, self.grid.shape, mode="bicubic", antialias=True)
+            spots = (1 - spot.tail) * spots + wings[0, 0]
         return columns, spots + self.grid.background(state.knots)
 
     def weight(self, model: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -111,7 +108,11 @@ class Patch:
         force = weight * residual
         common = self.grid.knots_of(force)
         if images is not None:
-            common = torch.cat([common, (images.flatten(1) @ self.sums(force).flatten()) / b**2])
+            prior = (
+                common.new_tensor(spot.values(len(images))) / common.new_tensor(normal.SHAPE_PRIOR[: len(images)]) ** 2
+            )
+            prior[0] = 0  # of the blur only the step is damped
+            common = torch.cat([common, (images.flatten(1) @ self.sums(force).flatten()) / b**2 - prior])
         moments = columns.moments(force) * force.new_tensor([1.0, b, b])
         move, shared = system.solve(moments, common)
         limit = move.new_tensor([columns.sx, columns.sy]) * MAX_STEP
@@ -150,8 +151,8 @@ class Patch:
 
 
 def _significance(excess: torch.Tensor, known: torch.Tensor, gain: float) -> torch.Tensor:
-    """Standard deviations of ``excess`` intensity with information ``known``: the signed root of the likelihood ratio of
-    Poisson counts, for few of them rise by chance further than a Gaussian does."""
+    """Standard deviations of ``excess`` intensity with information ``known``: the signed root of the likelihood ratio
+    of Poisson counts, for few of them rise by chance further than a Gaussian does."""
     normal = excess * known.sqrt()
     if gain <= 0:
         return normal
