@@ -128,7 +128,9 @@ def draw(name: str, judged: Judged, threshold: float, folder: Path) -> None:
         (missed, "o", "gold", "label, not found"),
         (wrong, "s", "red", "found, no label"),
     ):
-        axes.scatter(*at.T, s=70, marker=marker, facecolors="none", edgecolors=colour, linewidths=0.9, label=text)
+        axes.scatter(
+            at[:, 0], at[:, 1], s=70, marker=marker, facecolors="none", edgecolors=colour, linewidths=0.9, label=text
+        )
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     figure.legend(loc="upper center", ncols=3, frameon=False, title=None)

@@ -70,7 +70,8 @@ def evidence(pictures: Labelled, gate_px: float) -> tuple[float, float]:
     rng = np.random.default_rng(0)
     reach = int(gate_px)
     disc = np.hypot(*np.mgrid[-reach : reach + 1, -reach : reach + 1]) <= gate_px
-    labelled, empty = [], []
+    labelled: list[Floats] = []
+    empty: list[Floats] = []
     for image, xy in pictures.values():
         highest = maximum_filter(response(image), footprint=disc)
         places = rng.uniform(reach, np.array(image.shape[::-1]) - reach, (600, 2))
