@@ -131,13 +131,21 @@ class Patch:
         columns, model = self.model(state, spot)
         weight, gain = self.weight(model, self.residual(model))
         b, grid, blur = self.bins, self.coarse, spot.blur_nm
-        known = grid.smooth(self.sums(weight), blur / math.sqrt(2)).clamp(min=0) / (
-            4 * math.pi * columns.sx * columns.sy
+        # what a spot's own profile weighs of information, of light, and of its own area inside the image
+        known, light, area = (
+            grid.smooth(self.sums(image), width)
+            for image, width in (
+                (weight, blur / math.sqrt(2)),
+                (weight * self.residual(model), blur),
+                (self.inside, blur / math.sqrt(2)),
+            )
         )
-        excess = grid.smooth(self.sums(weight * self.residual(model)), blur) / known.clamp(min=1e-30)
+        known = known.clamp(min=1e-30) / (4 * math.pi * columns.sx * columns.sy)
+        excess = light / known
         # fits that use less than a fifth of a spot are guesses about what lies beyond the rim
-        score = torch.where(known > 0.2 * known.max(), _significance(excess, known, gain), 0.0)
-        spread = 1.4826 * float(score[known > 0.2 * known.max()].abs().median())
+        whole = area > 0.2 * b**2
+        score = torch.where(whole, _significance(excess, known, gain), 0.0)
+        spread = 1.4826 * float(score[whole].abs().median())
         y, x = (2 * max(1, round(APART_NM / p)) + 1 for p in grid.pixel_nm[::-1])
         top = torch.nn.functional.max_pool2d(score[None, None], (y, x), 1, (y // 2, x // 2))[0, 0]
         enough = excess > FAINTEST * state.a.median()
