@@ -75,9 +75,10 @@ class Patch:
             spots = (1 - spot.tail) * spots + wings[0, 0]
         return columns, spots + self.grid.background(state.knots)
 
-    def weight(self, model: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def weight(self, columns: Columns, model: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Inverse variance of every pixel, 0 in the margin, and the gain."""
-        v0, gain, least = variance(self.crop(model), self.crop(residual))
+        alike = columns.splat(columns.gy[:, :1], columns.gx[:, :1])
+        v0, gain, least = variance(self.crop(model), self.crop(residual), self.crop(alike))
         return self.inside / (v0 + gain * model).clamp(min=least), gain
 
     def residual(self, model: torch.Tensor) -> torch.Tensor:
@@ -99,7 +100,7 @@ class Patch:
         """
         columns, model = self.model(state, spot)
         residual = self.residual(model)
-        weight = self.weight(model, residual)[0] if weight is None else weight
+        weight = self.weight(columns, model, residual)[0] if weight is None else weight
         b = self.bins
         coarse = Columns(self.coarse, replace(state, x=state.x / b, y=state.y / b), spot, NARROW)
         images = coarse.shape_images(wings=shapes > 3) if shapes else None
@@ -129,14 +130,15 @@ class Patch:
         model itself is poor the significance is measured in its own spread.
         """
         columns, model = self.model(state, spot)
-        weight, gain = self.weight(model, self.residual(model))
+        residual = self.residual(model)
+        weight, gain = self.weight(columns, model, residual)
         b, grid, blur = self.bins, self.coarse, spot.blur_nm
         # what a spot's own profile weighs of information, of light, and of its own area inside the image
         known, light, area = (
             grid.smooth(self.sums(image), width)
             for image, width in (
                 (weight, blur / math.sqrt(2)),
-                (weight * self.residual(model), blur),
+                (weight * residual, blur),
                 (self.inside, blur / math.sqrt(2)),
             )
         )
@@ -169,24 +171,25 @@ def _significance(excess: torch.Tensor, known: torch.Tensor, gain: float) -> tor
     return torch.where(excess > 0, torch.minimum(ratio.clamp(min=0).sqrt(), normal), normal)
 
 
-def variance(model: torch.Tensor, residual: torch.Tensor) -> tuple[float, float, float]:
-    """Variance of every pixel as (v0, g, least): max(v0 + g model, least), v0 + g model >= 0.
+def variance(model: torch.Tensor, residual: torch.Tensor, alike: torch.Tensor) -> tuple[float, float, float]:
+    """Variance of every pixel as (v0, g, least): max(v0 + g model, least), v0 + g model >= 0 where it is darkest.
 
-    Fitted to the mean squared residual in classes of the model, each weighed with the fit's own error there.
+    Fitted to the mean squared residual in classes of pixels, each weighed with the fit's own error there. The classes
+    are made by ``alike``, the image of the columns if all had the same intensity: a class of the brightest pixels of
+    the model itself would be one of fits that noise made too bright, and hide the gain.
     """
     from scipy.optimize import nnls
 
     stride = max(1, model.numel() // SAMPLE) | 1
-    level, square = model.reshape(-1)[::stride], residual.reshape(-1)[::stride] ** 2
-    base, span = float(level.min()), float(level.max() - level.min()) + 1e-30
-    share = ((level - base) / span).clamp(0, 1)
-    # classes wide enough that errors of the model itself do not sort dark pixels
-    group = (share * (CLASSES - 1)).round().long()
-    count, shares, squares = (
-        torch.bincount(group, w, minlength=CLASSES).double().cpu().numpy() for w in (None, share, square)
+    level, square, order = (image.reshape(-1)[::stride] for image in (model, residual**2, alike))
+    group = (order / (order.max() + 1e-30) * (CLASSES - 1)).clamp(min=0).round().long()
+    count, levels, squares = (
+        torch.bincount(group, w, minlength=CLASSES).double().cpu().numpy() for w in (None, level, square)
     )
     full = count > 0
-    shares, squares, count = shares[full] / count[full], squares[full] / count[full], count[full]
+    levels, squares, count = levels[full] / count[full], squares[full] / count[full], count[full]
+    base, span = levels.min(), np.ptp(levels) + 1e-30
+    shares = (levels - base) / span
     # the solver's tolerance is absolute: keep its numbers near 1
     unit = float(squares.max()) + 1e-300
     basis, fitted = np.stack([np.ones_like(shares), shares], 1), np.ones_like(shares)
@@ -194,6 +197,6 @@ def variance(model: torch.Tensor, residual: torch.Tensor) -> tuple[float, float,
         weight = np.sqrt(count / count.sum()) / np.maximum(fitted, 1e-3 * fitted.max() + 1e-12)
         v0, slope = nnls(basis * weight[:, None], squares / unit * weight)[0]
         fitted = v0 + slope * shares
-    gain = unit * float(slope) / span
+    gain = float(unit * slope / span)
     # where the model itself is wrong, its squared error poses as gain: never let dark pixels rule the fit altogether
-    return unit * float(v0) - gain * base, gain, LEAST * unit * float(v0 + slope) + 1e-30
+    return float(unit * v0 - gain * base), gain, float(LEAST * unit * (v0 + slope)) + 1e-30
