@@ -46,17 +46,19 @@ def test_bright_and_dim_columns_reach_the_joint_bound_and_say_so(counts, most):
     image = rng.poisson(expected(at, n, 320) + background)
     _, found, sigma = fitted(image, at, rng)
     inside = ((at > 0.3) & (at < 3.7)).all(1)
-    limit = np.zeros((len(at), 2))
-    for centre in np.stack(np.meshgrid(*([0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5],) * 2), -1).reshape(-1, 2):
-        near, error = bound.joint(at, n, background, bound.gaussian(BLUR), PIXEL, (centre[0], centre[1]), 0.7, 0.1)
-        limit[near] = np.where(np.abs(at[near] - centre).max(1)[:, None] < 0.26, error[:, :2], limit[near])
-    judged = inside & (limit[:, 0] > 0)
-    ratio = (found[: len(at)] - at)[judged] / limit[judged]
+    bounds = []
+    for x, y in ((1.2, 1.4), (2.0, 2.6), (2.8, 1.1)):
+        near, error = bound.joint(at, n, background, bound.gaussian(BLUR), PIXEL, (x, y), 0.6, 0.15)
+        bounds += [(n[j], *e[:2]) for j, e in zip(near, error, strict=True) if np.hypot(*(at[j] - [x, y])) < 0.3]
+    level, limits = np.array(bounds)[:, 0], np.array(bounds)[:, 1:]
+    # the joint bound hardly depends on where a column is, but on its counts
+    limit = np.where(n == counts, *(np.sqrt((limits[level == m] ** 2).mean()) for m in (counts, 3 * counts)))
+    ratio = ((found[: len(at)] - at) / limit[:, None])[inside]
     assert len(ratio) > 180
     # 360 values or more: the sampling error of an RMS is 3.7 %, that of a mean 5 %
     assert 0.9 < np.sqrt((ratio**2).mean()) < most + 0.07
     assert np.abs(ratio.mean(0)).max() < 0.2
-    covered = np.abs((found[: len(at)] - at)[judged] / sigma[: len(at)][judged])
+    covered = np.abs((found[: len(at)] - at)[inside] / sigma[: len(at)][inside])
     assert 0.62 < (covered < 1).mean() < 0.74
     assert 0.92 < (covered < 1.96).mean() < 0.98
 
@@ -71,7 +73,8 @@ def test_tails_and_astigmatism_of_a_probe_do_not_pull_dim_columns_to_bright_ones
     fit, found, sigma = fitted(image, at, rng)
     dim = np.arange(len(bright), len(at))[((bright > 0.4) & (bright < 3.5)).all(1)]
     error = found[dim] - at[dim]
-    assert np.abs(error.mean(0)).max() < 0.3 * np.median(sigma[dim])
+    # 1.2 standard errors without wings; the sampling error is 0.11
+    assert np.abs(error.mean(0)).max() < 0.5 * np.median(sigma[dim])
     assert fit.tail > 0.1
 
 
@@ -115,17 +118,15 @@ def test_a_start_on_nothing_is_insignificant():
 def test_tiles_do_not_show_and_axes_are_alike(monkeypatch):
     rng = np.random.default_rng(17)
     at = strained_lattice(rng, 4.0)
-    image = rng.poisson(expected(at, np.full(len(at), 400.0), 320) + 0.2)
+    image = rng.poisson(expected(at, np.full(len(at), 150.0), 320) + 0.2)
     start = at / PIXEL
     whole = refine.refine(image, start[:, 0], start[:, 1], (PIXEL, PIXEL))
     turned = refine.refine(image.T, start[:, 1], start[:, 0], (PIXEL, PIXEL))
     monkeypatch.setattr(refine, "TILE_NM", 2.2)
     tiled = refine.refine(image, start[:, 0], start[:, 1], (PIXEL, PIXEL))
     n, inside = len(at), ((at > 0.2) & (at < 3.8)).all(1)
-    for other, x in ((turned, turned.y), (tiled, tiled.x)):
-        off = np.abs(other_x := x[:n] - whole.x[:n])[inside] / whole.sigma_x[:n][inside]
-        assert len(other_x) == n
-        assert np.median(off) < 0.15
-        assert off.max() < 0.5
-        sums = other.intensity[:n][inside] / whole.intensity[:n][inside]
-        assert sums == pytest.approx(1, rel=0.05)
+    assert np.abs(turned.y - whole.x).max() < 1e-4
+    off = np.abs(tiled.x[:n] - whole.x[:n])[inside] / whole.sigma_x[:n][inside]
+    assert np.median(off) < 0.1
+    assert off.max() < 0.5
+    assert np.median(tiled.intensity[:n] / whole.intensity[:n]) == pytest.approx(1, rel=0.02)
