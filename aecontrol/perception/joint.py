@@ -21,6 +21,8 @@ NARROW = 3.0
 """Half width of the windows for the curvature, blurs; columns whose windows overlap are known to each other."""
 MAX_STEP = 0.4
 """Blurs: a larger step leaves the region in which the linearised model is true."""
+BRIGHTEST = 3.0
+"""No column's peak exceeds this times the range of the image."""
 MISSED = 5.0
 """Standard errors by which a missed column must show in the residual."""
 FAINTEST = 0.05
@@ -44,6 +46,7 @@ class Patch:
         self.grid = Grid.around(image, pixel_nm, margin, self.bins)
         self.coarse = self.grid.binned(self.bins)
         self.image, self.inside = self._pad(image), self._pad(torch.ones_like(image))
+        self.range = float(image.max() - image.min())
 
     def _pad(self, image: torch.Tensor) -> torch.Tensor:
         m, (height, width) = self.grid.margin, self.grid.shape
@@ -120,7 +123,14 @@ class Patch:
         shift = torch.minimum(torch.maximum(b * move[:, 1:], -limit), limit)
         k = state.knots.numel()
         knots = state.knots + shared[:k].view_as(state.knots)
-        state = State(state.a + move[:, 0], state.x + shift[:, 0], state.y + shift[:, 1], knots)
+        # off the rim, place and intensity of a column trade freely
+        most = BRIGHTEST * self.range * 2 * math.pi * columns.sx * columns.sy
+        state = State(
+            (state.a + move[:, 0]).clamp(-most, most),
+            (state.x + shift[:, 0]).clamp(-columns.sx, self.cols + columns.sx),
+            (state.y + shift[:, 1]).clamp(-columns.sy, self.rows + columns.sy),
+            knots,
+        )
         return state, spot.moved(shared[k:].double().cpu().numpy()), system
 
     def missed(self, state: State, spot: Spot) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,10 +191,14 @@ def variance(model: torch.Tensor, residual: torch.Tensor, alike: torch.Tensor) -
     from scipy.optimize import nnls
 
     stride = max(1, model.numel() // SAMPLE) | 1
-    level, square, order = (image.reshape(-1)[::stride] for image in (model, residual**2, alike))
+    level, seen, order = (image.reshape(-1)[::stride] for image in (model, model + residual, alike))
+    # a column on the rim may stray: what no pixel has ever shown says nothing of the noise
+    slack = 0.05 * (seen.max() - seen.min())
+    sane = (level >= seen.min() - slack) & (level <= seen.max() + slack)
+    level, seen, order = level[sane], seen[sane], order[sane]
     group = (order / (order.max() + 1e-30) * (CLASSES - 1)).clamp(min=0).round().long()
     count, levels, squares = (
-        torch.bincount(group, w, minlength=CLASSES).double().cpu().numpy() for w in (None, level, square)
+        torch.bincount(group, w, minlength=CLASSES).double().cpu().numpy() for w in (None, level, (seen - level) ** 2)
     )
     full = count > 0
     levels, squares, count = levels[full] / count[full], squares[full] / count[full], count[full]
