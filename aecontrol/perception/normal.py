@@ -25,7 +25,7 @@ DAMP_NM = 0.1
 """A position's step is damped as if it were known to this before: dim columns must not fly."""
 DAMP_SHARE = 0.001
 """An intensity's step is damped by this share of what is known of the median column's: columns off the rim too."""
-SHAPE_PRIOR = (1.0, 0.1, 0.1, 0.1, 0.1, 0.005, 0.1, 0.1, 0.02, 0.02, 0.02, 0.02, 0.02)
+SHAPE_PRIOR = (1.0, 0.1, 0.1, 0.07, 0.07, 0.005, 0.1, 0.1, 0.02, 0.02, 0.02, 0.02, 0.02)
 """Loose prior knowledge of the spot, for windows with few atoms: log blur, stretch, shear, the wings."""
 
 

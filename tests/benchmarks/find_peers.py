@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 warnings.filterwarnings("ignore")
-CYCLES, BATCH = 300, 16
+CYCLES, BATCH = 160, 8
 
 
 def atomap(image, start):
