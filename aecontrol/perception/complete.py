@@ -22,15 +22,17 @@ Bools = NDArray[np.bool_]
 
 FIRST_BLUR_NM = 0.045
 """Where the fit of the columns' common width starts."""
-UNSURE_NM = 0.012
-"""A column placed by its own counts no better than this is drawn to its site: four errors would be 0.05 nm, at which a
-column counts as missed. Columns of 30 counts and more are better known even where they overlap as in graphene."""
+UNSURE_NM = 0.016
+"""A column placed by its own counts no better than this is drawn to its site: three errors would be 0.05 nm, at which a
+column counts as missed. Columns of 30 counts and more are better known, most of them even in graphene."""
 _GROWTH = 4
 """Cells by which a grain may grow in a round, and the rounds."""
 _ROUNDS = 5
 _GROWN = 1.02
 _SAME = 0.45
 """A find is the atom of a site within this share of the shortest distance of two sites."""
+_ADRIFT = 0.02
+"""Share of sites that may still want to move together with those around by a fifth of the shortest distance."""
 _AROUND = 9
 _HELD = 0.6
 """Share of the nearest sites that hold an atom inside of a crystal."""
@@ -103,7 +105,7 @@ def complete(
         pool = _pool(grains, weights, xy, size)
         view = _look(data, pixel_size_nm, pool, xy, blur)
         blur, before, held = view.blur, held, int((view.good & pool.framed).sum())
-        if held < _GROWN * before:
+        if held < _GROWN * before and view.adrift < _ADRIFT:
             break
         grains, weights = _regrown(grains, pool, view, first=turn == 0)
         if not grains:
@@ -129,7 +131,7 @@ def _pool(grains: list[Grain], weights: list[Floats], xy: Floats, size: Floats) 
         keep = ((at > -0.5 * grain.spacing) & (at < size + 0.5 * grain.spacing)).all(1)
         keep &= owner[tree.query(at)[1]] == number
         parts.append((at[keep], np.full(keep.sum(), number), cell[keep], site[keep]))
-    at, number, cell, site = (np.concatenate(column) for column in zip(*parts, strict=True))
+    at, owned, cell, site = (np.concatenate(column) for column in zip(*parts, strict=True))
     spacing = min(g.spacing for g in grains)
     keep = np.ones(len(at), dtype=bool)
     for first, second in sorted(cKDTree(at).query_pairs(_SAME * spacing)):
@@ -142,17 +144,19 @@ def _pool(grains: list[Grain], weights: list[Floats], xy: Floats, size: Floats) 
     order = np.lexsort([off, peak])
     again = np.concatenate([[False], peak[order][1:] == peak[order][:-1]])
     peak[order[again]] = -1
-    framed = ((at >= 0) & (at <= size)).all(1)
-    return _Pool(at, number[keep], cell[keep], site[keep], peak, framed)
+    framed = np.asarray(((at >= 0) & (at <= size)).all(1))
+    return _Pool(at, owned[keep], cell[keep], site[keep], peak, framed)
 
 
 @dataclass(frozen=True)
 class _View:
     """What the image says of a pool: probability that each site holds an atom, whether the crystal is there (``good``:
     it holds one, and so do those around, where they should), amplitude, step [n, 2] from the predicted place with its
-    error; ``other``: the finds on no site, with their ``significance``."""
+    error; ``adrift``: share of sites that move as one with those around; ``other``: the finds on no site, with their
+    ``significance``."""
 
     blur: float
+    adrift: float
     probability: Floats
     good: Bools
     inside: Bools
@@ -174,9 +178,7 @@ def _look(data: Floats, pixel: tuple[float, float], pool: _Pool, xy: Floats, blu
     other = np.setdiff1d(np.arange(len(xy)), pool.peak)
     columns = np.concatenate([pool.xy, xy[other]])
     fit = AmplitudeFit(data, pixel, columns, np.zeros(len(columns)), blur, spacing)
-    _, kind, number = np.unique(
-        np.stack([pool.grain, pool.site], 1), axis=0, return_inverse=True, return_counts=True
-    )
+    _, kind, number = np.unique(np.stack([pool.grain, pool.site], 1), axis=0, return_inverse=True, return_counts=True)
     few = number[kind.ravel()] <= _AROUND
     kind = np.concatenate([np.where(few, -1, kind.ravel()), np.full(len(other), -1)])
     filled = occupation(fit, kind, kind >= 0)
@@ -188,9 +190,12 @@ def _look(data: Floats, pixel: tuple[float, float], pool: _Pool, xy: Floats, blu
     allowed = 4 * error[around] ** 2 + (_OFF * spacing) ** 2
     straight = np.mean((step[around] ** 2).sum(2) / allowed, axis=1) < 1
     inside = held & straight & ~few
+    together = np.hypot(*step[around].mean(1).T)
+    adrift = float(np.mean(together[inside] > 2 * _OFF * spacing)) if inside.any() else 0.0
     significance = filled.amplitude[n:] / filled.sigma[n:]
     return _View(
         fit.blur,
+        adrift,
         probability,
         inside & (probability > 0.5),
         inside,
@@ -237,8 +242,8 @@ def _chosen(pool: _Pool, view: _View, xy: Floats, confidence: Floats, threshold:
         between = cKDTree(pool.xy[view.inside]).query(xy[view.other])[0] < 1.5 * spacing
     real = view.other[(confidence[view.other] >= threshold) & (~between | (view.significance > _PHANTOM))]
     found = _as_found(xy, confidence, real)
-    # what is seen well starts where it was seen
-    surely = (said >= threshold) & ((view.error < UNSURE_NM) | ~view.inside)
+    # what is seen well starts where it was seen, and nothing beyond the frame
+    surely = (pool.peak >= 0) & ((view.error < UNSURE_NM) | ~view.inside | ~pool.framed)
     at = np.where(surely[:, None], xy[pool.peak], pool.xy)
     return Candidates(
         np.concatenate([at[keep], found.xy]),

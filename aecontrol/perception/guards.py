@@ -92,8 +92,10 @@ class Spots:
         """Least squares with weights 1 / ``variance``: intensities (not negative), then knots."""
         weighted = self._design.multiply(1 / variance.ravel()).tocsr()
         normal = (weighted @ self._design.T).toarray()
-        normal[np.diag_indices_from(normal)] *= 1 + 1e-6  # two finds at one place share its intensity
-        free = np.linalg.lstsq(normal, weighted @ image.ravel(), rcond=1e-12)[0]
+        size = normal.diagonal()
+        # two finds at one place share its intensity; one beyond the rim has none
+        normal[np.diag_indices_from(normal)] += 1e-6 * size + 1e-9 * size.max()
+        free = np.linalg.solve(normal, weighted @ image.ravel())
         free[: self.number] = np.maximum(free[: self.number], 0.0)
         return np.asarray(free)
 

@@ -30,7 +30,7 @@ class Network(Protocol):
 
     multiple: int
     reach_px: int
-    bfloat16: bool
+    half_precision: bool
     """Whether it can be trained in bfloat16."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class UNet(nn.Module):
 
     multiple = 4
     reach_px = 52
-    bfloat16 = True
+    half_precision = True
 
     def __init__(self, size: int = 16, outputs: int = 1) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class MSDNet(nn.Module):
     ``size``: number of layers; their dilations run through 1 to 10."""
 
     multiple = 1
-    bfloat16 = False  # gradients of dilated convolutions to one channel come out NaN on CPUs (torch 2.13)
+    half_precision = False  # gradients of dilated convolutions to one channel come out NaN on CPUs (torch 2.13)
 
     def __init__(self, size: int = 30, outputs: int = 1) -> None:
         super().__init__()
