@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,9 +87,7 @@ class _Tile:
         return inside | self.core(x, y)
 
 
-def refine(
-    image: NDArray[np.generic], x: Floats, y: Floats, pixel_size_nm: tuple[float, float], device: str = "cpu"
-) -> Fit:
+def refine(image: NDArray[Any], x: Floats, y: Floats, pixel_size_nm: tuple[float, float], device: str = "cpu") -> Fit:
     """Fit columns that start at ``x``, ``y`` (pixels, centre of pixel [0, 0] at (0.5, 0.5)) to ``image`` [rows, cols].
 
     Positions reach the joint Cramer-Rao bound for counts (:mod:`.bound`). A column that the fit drives further than
@@ -126,10 +124,7 @@ def _tiles(shape: tuple[int, ...], pixel_nm: tuple[float, float]) -> list[_Tile]
         number = max(1, math.ceil(length * pixel / TILE_NM))
         edges = [round(length * k / number) for k in range(number + 1)]
         halo = math.ceil(HALO_NM / pixel)
-        spans = [
-            ((max(0, a - halo), min(length, b + halo)), (float(a), float(b)))
-            for a, b in pairwise(edges)
-        ]
+        spans = [((max(0, a - halo), min(length, b + halo)), (float(a), float(b))) for a, b in pairwise(edges)]
         spans[0] = (spans[0][0], (-math.inf, spans[0][1][1]))
         spans[-1] = (spans[-1][0], (spans[-1][1][0], math.inf))
         axes.append(spans)

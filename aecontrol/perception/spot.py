@@ -76,7 +76,8 @@ class Spot:
         now[1:] = np.clip(now[1:], -0.4, 0.4)
         shares = slice(3, 3 + len(WIDTHS))
         now[shares] = np.maximum(now[shares], 0.0)
-        return Spot(*now[:3].tolist(), tuple(now[3:].tolist()))
+        log_blur, stretch, shear, *wings = now.tolist()
+        return Spot(log_blur, stretch, shear, tuple(wings))
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ class Grid:
         """``image`` blurred with a Gaussian of standard deviation ``width_nm`` (round the rims: keep to the inside)."""
         y, x = _frequencies(self.shape, self.pixel_nm, image.device)
         bell = torch.exp(-0.5 * (width_nm * y) ** 2) * torch.exp(-0.5 * (width_nm * x) ** 2)
-        return torch.fft.irfft2(torch.fft.rfft2(image) * bell, s=self.shape)
+        smoothed: torch.Tensor = torch.fft.irfft2(torch.fft.rfft2(image) * bell, s=self.shape)
+        return smoothed
 
     def wings(self, image: torch.Tensor, blur_nm: float) -> Iterator[torch.Tensor]:
         """``image`` convolved with each of the ``WINGS`` functions of a spot of ``blur_nm``."""
@@ -151,8 +153,9 @@ class Grid:
     def with_wings(self, image: torch.Tensor, spot: Spot) -> torch.Tensor:
         """All wings of an image of cores."""
         parts = _wings(self.shape, self.pixel_nm, spot.blur_nm, image.device)
-        wings = (parts * parts.new_tensor(spot.wings)[:, None, None]).sum(0)
-        return torch.fft.irfft2(torch.fft.rfft2(image) * wings, s=self.shape)
+        whole = (parts * parts.new_tensor(spot.wings)[:, None, None]).sum(0)
+        wings: torch.Tensor = torch.fft.irfft2(torch.fft.rfft2(image) * whole, s=self.shape)
+        return wings
 
 
 def _frequencies(

@@ -152,7 +152,8 @@ def peer(folder: Path, name: str, s: Scene, start_px: Floats) -> tuple[Floats, f
         training(model.with_suffix(".npz"))
     with tempfile.TemporaryDirectory() as scratch:
         np.save(f"{scratch}/image.npy", s.image)
-        np.save(f"{scratch}/start.npy", start_px - 0.5)
+        inside = ((start_px > 8) & (start_px < SIZE - 8)).all(1)  # atomap stops at masks beyond the rim
+        np.save(f"{scratch}/start.npy", start_px[inside] - 0.5)
         script = Path(__file__).with_name("find_peers.py")
         python = folder / {"atomap": "atomap", "atomai": "ai"}[name] / "bin" / "python"
         command = [str(python), str(script), name, scratch, *([str(model)] if name == "atomai" else [])]
