@@ -23,7 +23,7 @@ from aecontrol.perception.adapt import Adaptation, adapt
 from aecontrol.perception.finder import AtomFinder
 from aecontrol.perception.guards import GATE_NM, look
 from aecontrol.perception.learn_atoms import Scene, match
-from aecontrol.perception.own_frames import Block, Frame
+from aecontrol.perception.own_frames import Block, Frame, label
 from simulators.crystal_scenes import CrystalScenes
 
 FINE_NM, BINS, FINE_PX = 0.01, 3, 768
@@ -78,12 +78,10 @@ def main() -> None:
         image = np.asarray(frame.image, dtype=np.float32)
         return Block(image, frame.pixel_size_nm, whole.positions_px - [left, top], whole.wanted)
 
-    for what, extra in (("own labels", {}), ("true labels", {"teach": told})):
-        if extra and not options.oracle:
-            continue
+    for what, teach in (("own labels", label), ("true labels", told))[: 1 + options.oracle]:
         with tempfile.TemporaryDirectory() as folder:
             started = time.process_time()
-            card = adapt(frames, Path(folder) / "out", settings, options.weights, **extra)
+            card = adapt(frames, Path(folder) / "out", settings, options.weights, teach=teach)
             used = time.process_time() - started
             print(f"{what}: accepted {card['accepted']} {card['reason']} ({used:.0f} s of one core)")
             print(f"  examination before: {card['before']}")
