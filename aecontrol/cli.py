@@ -133,6 +133,7 @@ def inspect(
 @app.command()
 def find(
     image: Annotated[Path, typer.Argument(help="an image file (npz, npy, TIFF, or what RosettaSciIO reads)")],
+    what: Annotated[str, typer.Option(help="atoms, or regions: particles, grain boundaries, domain walls")] = "atoms",
     pixel_size_nm: Annotated[float | None, typer.Option(help="side of a pixel, nm; overrides the file's")] = None,
     channel: Annotated[str | None, typer.Option(help="which image of a file that holds several")] = None,
     frame: Annotated[int | None, typer.Option(help="which frame of a stack, from 0")] = None,
@@ -143,13 +144,13 @@ def find(
     device: Device = "auto",
     json_out: Json = False,
 ) -> None:
-    """Find the atoms of a microscopy image: tables, a picture, and how far to trust them."""
+    """Find the atoms, or the regions, of a microscopy image: tables, a picture, and how far to trust them."""
     from aecontrol.find import Request, summary_lines
     from aecontrol.find import find as carry_out
     from aecontrol.registry import validate
 
     asked = {"pixel_size_nm": pixel_size_nm, "channel": channel, "frame": frame, "threshold": threshold}
-    request = validate(Request, {**asked, "refine": refine, "weights": weights}, "find")
+    request = validate(Request, {**asked, "what": what, "refine": refine, "weights": weights}, "find")
     with _bar("finding", json_out) as progress:
         result = carry_out(image, request, out, _torch_device(device), progress)
     if json_out:

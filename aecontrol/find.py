@@ -1,4 +1,4 @@
-"""`aecontrol find`: the atoms of any microscopy image as a table, a picture and a judgement of both."""
+"""`aecontrol find`: the atoms of any microscopy image as a table, a picture and a judgement of both; or its regions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ _VACANCY = ("x", "y", "label", "confidence", "intensity", "expected")
 class Request(Model):
     """What is to be found, and where."""
 
+    what: Literal["atoms", "regions"] = Field("atoms", description="regions: particles, grain boundaries, domain walls")
     pixel_size_nm: Positive | None = Field(None, description="side of a pixel, nm; None: what the file says")
     channel: str | None = Field(None, description="which image of a file that holds several")
     frame: int | None = Field(None, description="which frame of a stack, from 0")
@@ -67,13 +68,11 @@ class Scale:
 
 
 def find(path: Path, request: Request, out: Path | None, device: str, progress: Progress) -> dict[str, Any]:
-    """Find the atoms of the image in ``path`` and write tables and picture to the folder ``out``.
+    """Find the atoms or regions of the image in ``path`` and write tables and picture to the folder ``out``.
 
     ``out`` None: a folder named after the file, in the working directory. Returns what `--json` prints; ``progress`` is
     told of the parts of the image that the network has read. Raises BadInput, StorageFault.
     """
-    from aecontrol.find_figure import draw_overlay
-
     picture = read_image(path, request.channel, request.frame)
     plain = _plain(picture.array, path.name)
     scale = _scale(picture, plain, request.pixel_size_nm, path.name)
@@ -81,18 +80,28 @@ def find(path: Path, request: Request, out: Path | None, device: str, progress: 
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{str(folder)!r} is a file", "give another --out")
     started = time.perf_counter()
-    image, result = find_atoms(plain, scale, request, device, progress)
-    result["seconds"] = round(time.perf_counter() - started, 4)
-    written = {
-        "atoms.csv": _table(result["atoms"], _ATOM, result["unit"]),
-        "vacancies.csv": _table(result["vacancies"], _VACANCY, result["unit"]),
-        "overlay.png": draw_overlay(path.name, image, result),
-    }
-    result["files"] = {name: str(folder / name) for name in (*written, "atoms.json")}
+    if request.what == "regions":
+        from aecontrol.find_regions import COLUMNS, find_regions
+
+        result, written = find_regions(plain, scale, request, device, progress)
+        result["seconds"] = round(time.perf_counter() - started, 4)
+        written["regions.csv"] = _table(result["regions"], COLUMNS, result["unit"])
+    else:
+        from aecontrol.find_figure import draw_overlay
+
+        image, result = find_atoms(plain, scale, request, device, progress)
+        result["seconds"] = round(time.perf_counter() - started, 4)
+        written = {
+            "atoms.csv": _table(result["atoms"], _ATOM, result["unit"]),
+            "vacancies.csv": _table(result["vacancies"], _VACANCY, result["unit"]),
+            "overlay.png": draw_overlay(path.name, image, result),
+        }
+    facts = f"{request.what}.json"
+    result["files"] = {name: str(folder / name) for name in (*written, facts)}
     _make(folder)
     for name, data in written.items():
         write_durable(folder / name, data)
-    write_durable(folder / "atoms.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_durable(folder / facts, (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 
@@ -209,6 +218,10 @@ def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str], unit: str) ->
 
 def summary_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The quality of a result for people: (what, how much)."""
+    if "regions" in result:
+        from aecontrol.find_regions import region_lines
+
+        return region_lines(result)
     quality, unit = result["quality"], result["unit"]
     lines = [("atoms", str(quality["atoms"]))]
     labels = [atom["label"] for atom in result["atoms"]]

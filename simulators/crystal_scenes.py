@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from aecontrol.units import angstrom_to_nm
 
 from .column_sets import FIELD_NM, Columns, of_material
 from .optics import Optics, transfer
-from .scenes import MARGIN_NM, Scene, blobs, cut_edge, detect, log_uniform, ramp, texture
+from .scenes import GATE_NM, MARGIN_NM, Scene, blobs, cut_edge, detect, log_uniform, ramp, texture
 from .streams import stream
 
 Floats = NDArray[np.float64]
@@ -68,6 +68,7 @@ class CrystalScenes(Model):
     """Crystals seen end on: monolayers, perovskites, garnet, particles, invented ones; with vacancies and strain."""
 
     kind: Literal["crystals"] = "crystals"
+    gate_nm: ClassVar[float] = GATE_NM
     materials: tuple[Material, ...] = Field(TRAINING, min_length=1, description="drawn with equal chance each")
     size_px: PositiveInt = Field(96, description="rows and columns of a scene (fewer when its pixels are coarse)")
     pixel_nm: tuple[float, float] = Field((0.02, 0.042), description="smallest and largest pixel, nm")

@@ -9,7 +9,7 @@ eye and by power spectrum against two public images of Pt on N-doped carbon.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from .streams import stream
 
 Floats = NDArray[np.float64]
 
+GATE_NM = 0.05
+"""A find is right when this near to an atom: a third of the shortest distance of two (C-C, 0.142 nm)."""
 MARGIN_NM = 0.4
 """Columns this far outside the frame still shine into it."""
 
@@ -45,6 +47,7 @@ class SingleAtomScenes(Model):
     """Isolated heavy atoms on an amorphous light support, in parts over vacuum."""
 
     kind: Literal["single_atoms"] = "single_atoms"
+    gate_nm: ClassVar[float] = GATE_NM
     size_px: PositiveInt = Field(96, description="rows and columns of a scene (fewer when its pixels are coarse)")
     pixel_nm: tuple[float, float] = Field((0.02, 0.042), description="smallest and largest pixel, nm")
     coarse_fraction: float = Field(0.1, ge=0, le=1, description="fraction of scenes with pixels up to 0.1 nm")

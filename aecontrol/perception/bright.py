@@ -119,6 +119,7 @@ class BrightAtomFinder:
             sigma_intensity=error[rows, cols] * spot,
             disagreement=np.zeros(len(rows)),
             spread_nm=np.zeros(len(rows)),
+            completed=np.zeros(len(rows), dtype=bool),
             background=float(np.median(data)),
             blur_nm=SPOT_NM if len(rows) else None,
         )

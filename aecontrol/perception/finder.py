@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aecontrol.errors import BadInput
 
-from . import refine, sampling
+from . import complete, refine, sampling
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .windows import Progress
 
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
 HEAT_SIGMA_NM = 0.035
 """Width of the Gaussian that the network is trained to put on each centre."""
@@ -33,7 +34,7 @@ GATHER_NM = 0.075
 
 @dataclass(frozen=True)
 class Found:
-    """Atoms (columns) of one image, n of them, brightest heat first.
+    """Atoms (columns) of one image, n of them, most certain first.
 
     Positions are fractional pixels of the given image: the centre of pixel [0, 0] is (0.5, 0.5). Image units are those
     of the image: counts, if it holds counts.
@@ -42,7 +43,8 @@ class Found:
     x_px: Floats
     y_px: Floats
     confidence: Floats
-    """[n] expected number of atoms near the peak according to the networks, at most 1."""
+    """[n] expected number of atoms near the peak according to the networks, at most 1; on a site of a crystal the
+    posterior probability that it holds one."""
     sigma_x: Floats
     """[n] standard error of x, px (inverse Fisher information, all neighbours and the background free)."""
     sigma_y: Floats
@@ -55,6 +57,8 @@ class Found:
     """[n] mutual information of the ensemble about the atom's existence, nat: 0 where the networks agree."""
     spread_nm: Floats
     """[n] root mean square distance of the networks' own positions from their mean, nm."""
+    completed: Bools
+    """[n] True for atoms that the network did not see: the image bears them out where a crystal pointed to."""
     background: float
     """Mean fitted background per pixel, image units."""
     blur_nm: float | None
@@ -62,13 +66,6 @@ class Found:
 
     def __len__(self) -> int:
         return len(self.x_px)
-
-    def where(self, keep: NDArray[np.bool_]) -> Found:
-        """Those of the atoms that ``keep`` [n] names."""
-        kept: dict[str, Any] = {
-            name: value[keep] for name, value in vars(self).items() if isinstance(value, np.ndarray)
-        }
-        return replace(self, **kept)
 
 
 class AtomFinder:
@@ -116,19 +113,23 @@ class AtomFinder:
     ) -> Found:
         """Atoms of ``image`` [rows, cols], pixels ``pixel_size_nm`` (x, y), with at least ``threshold`` confidence.
 
-        Not ``refined``: positions are the network's own, and intensities and all standard errors NaN. ``progress`` is
-        told of the windows that the network has read. Deterministic; does not depend on the image's gain and offset.
+        In crystals every site is judged by its counts (:mod:`.complete`). Not ``refined``: positions are the network's
+        own, and intensities and all standard errors NaN. ``progress`` is told of the windows that the network has read.
+        Deterministic; does not depend on the image's gain and offset.
         Raises BadInput for an image that is not 2-D, not finite, too coarse (0.13 nm) or too small (0.24 nm).
         """
         resampled = sampling.resample(image, pixel_size_nm)
         heats = self._heats(resampled, progress)
         scale_y, scale_x = resampled.scale
         pixel_yx = (pixel_size_nm[1] * scale_y, pixel_size_nm[0] * scale_x)
-        peaks = decode(heats, pixel_yx, threshold)
         if not refined:
-            return _unrefined(peaks, resampled)
-        fit = refine.refine(np.asarray(image), peaks.cols * scale_x, peaks.rows * scale_y, pixel_size_nm, self._device)
-        return _refined(peaks, fit, np.shape(image))
+            return _unrefined(decode(heats, pixel_yx, threshold), resampled)
+        # a crystal may bear out what the network alone would not
+        peaks = decode(heats, pixel_yx, 0.5 * threshold)
+        starts = _starts(peaks, resampled, pixel_size_nm, threshold)
+        x, y = (starts.xy / pixel_size_nm).T
+        fit = refine.refine(np.asarray(image), x, y, pixel_size_nm, self._device)
+        return _refined(peaks, starts, fit, np.shape(image), pixel_size_nm)
 
     def _heats(self, resampled: sampling.Resampled, progress: Progress | None) -> NDArray[np.float32]:
         from . import windows
@@ -147,24 +148,46 @@ def _share(progress: Progress | None, k: int, members: int) -> Progress | None:
     return lambda done, total: progress(k * total + done, members * total)
 
 
-def _refined(peaks: Peaks, fit: refine.Fit, shape: tuple[int, ...]) -> Found:
-    """The fitted peaks inside the frame: an atom outside may shine into it and help the fit, but is not in the image.
-    So do columns that only the residual shows: the network sees no atom in them."""
-    n = len(peaks.rows)
-    found = Found(
-        x_px=fit.x[:n],
-        y_px=fit.y[:n],
-        confidence=peaks.confidence,
-        sigma_x=fit.sigma_x[:n],
-        sigma_y=fit.sigma_y[:n],
-        intensity=fit.intensity[:n],
-        sigma_intensity=fit.sigma_intensity[:n],
-        disagreement=peaks.disagreement,
-        spread_nm=peaks.spread_nm,
+def _starts(
+    peaks: Peaks, resampled: sampling.Resampled, pixel_nm: tuple[float, float], threshold: float
+) -> complete.Candidates:
+    """Peaks, and the sites of the crystals that they form, as the counts show them."""
+    bin_y, bin_x = resampled.bins
+    at = np.stack([peaks.cols, peaks.rows], 1) * resampled.scale[::-1] * pixel_nm
+    coarse = (pixel_nm[0] * bin_x, pixel_nm[1] * bin_y)
+    return complete.complete(resampled.binned, coarse, at, peaks.confidence, threshold)
+
+
+def _refined(
+    peaks: Peaks,
+    starts: complete.Candidates,
+    fit: refine.Fit,
+    shape: tuple[int, ...],
+    pixel_nm: tuple[float, float],
+) -> Found:
+    """The fitted columns inside the frame: an atom outside may shine into it and help the fit, but is not in the image.
+    So do those that only the residual shows: neither the network nor a crystal says that they are atoms."""
+    n = len(starts.xy)
+    xy, sigma = np.stack([fit.x, fit.y], 1)[:n] * pixel_nm, np.stack([fit.sigma_x, fit.sigma_y], 1)[:n] * pixel_nm
+    xy, sigma = starts.settled(xy, sigma)
+    inside = ((xy >= 0) & (xy <= np.array(shape[::-1]) * pixel_nm)).all(1)
+    rows = np.flatnonzero(inside)[np.argsort(-starts.confidence[inside], kind="stable")]
+    peak = starts.peak[rows]  # row -1, of what the network did not see, is the zero appended
+    (x, y), (sigma_x, sigma_y) = (xy / pixel_nm)[rows].T, (sigma / pixel_nm)[rows].T
+    return Found(
+        x_px=x,
+        y_px=y,
+        confidence=starts.confidence[rows],
+        sigma_x=sigma_x,
+        sigma_y=sigma_y,
+        intensity=fit.intensity[rows],
+        sigma_intensity=fit.sigma_intensity[rows],
+        disagreement=np.append(peaks.disagreement, 0.0)[peak],
+        spread_nm=np.append(peaks.spread_nm, 0.0)[peak],
+        completed=starts.completed[rows],
         background=fit.background,
         blur_nm=fit.blur_nm,
     )
-    return found.where((found.x_px >= 0) & (found.x_px <= shape[1]) & (found.y_px >= 0) & (found.y_px <= shape[0]))
 
 
 def _unrefined(peaks: Peaks, resampled: sampling.Resampled) -> Found:
@@ -182,6 +205,7 @@ def _unrefined(peaks: Peaks, resampled: sampling.Resampled) -> Found:
         sigma_intensity=unknown,
         disagreement=peaks.disagreement,
         spread_nm=peaks.spread_nm,
+        completed=np.zeros(len(peaks.rows), dtype=bool),
         background=background,
         blur_nm=None,
     )

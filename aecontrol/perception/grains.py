@@ -60,6 +60,21 @@ class Grain:
         """Shortest distance between two sites."""
         return _spacing(self.vectors, self.basis)
 
+    def around(self, reach: int) -> tuple[Ints, Ints, Ints]:
+        """Cell [n, 2], site [n] and atom [n] (row of the grain's; -1: none) of all sites of the grain's cells and those
+        up to ``reach`` cells away."""
+        from scipy.ndimage import binary_dilation
+
+        low = self.cell.min(0) - reach - 1
+        shape = tuple(self.cell.max(0) - low + reach + 2)
+        held = np.full((*shape, len(self.basis)), -1)
+        i, j = (self.cell - low).T
+        held[i, j, self.site] = np.arange(len(self.atoms))
+        close = binary_dilation((held >= 0).any(2), np.ones((2 * reach + 1, 2 * reach + 1)))
+        i, j = np.nonzero(close)
+        cell = np.repeat(np.stack([i, j], 1) + low, len(self.basis), axis=0)
+        return cell, np.tile(np.arange(len(self.basis)), len(i)), held[i, j].ravel()
+
     def predict(self, cell: Ints, site: Ints, weight: Floats) -> Floats:
         """Where sites [n] are expected: ideal plus the mean departure of the atoms around, the site's own left out.
 
@@ -96,7 +111,7 @@ def find_grains(xy: Floats, intensity: Floats) -> tuple[Grain, ...]:
         free[cell.patch] = False
         if grain is not None:
             free[grain.atoms] = False
-            grains.append(_enlarged(grain, xy[grain.atoms], intensity[grain.atoms]))
+            grains.append(enlarged(grain, xy[grain.atoms], intensity[grain.atoms]))
     return tuple(grains)
 
 
@@ -278,7 +293,7 @@ def _grow(xy: Floats, near: Ints, free: Bools, start: _Cell) -> Grain | None:
         new, cells, sites = front[off < reach], cells[off < reach], sites[off < reach]
         placed[new], cell[new], site[new] = True, cells, sites
     atoms = np.flatnonzero(placed)
-    return _fitted(xy, atoms, cell[atoms], site[atoms], start.basis) if len(atoms) >= SMALLEST else None
+    return fitted(xy, atoms, cell[atoms], site[atoms], start.basis) if len(atoms) >= SMALLEST else None
 
 
 def _local_vectors(xy: Floats, near: Ints, placed: Bools, at: Floats, atoms: Ints, vectors: Floats) -> Floats:
@@ -292,7 +307,7 @@ def _local_vectors(xy: Floats, near: Ints, placed: Bools, at: Floats, atoms: Int
     return np.asarray(vectors + np.linalg.solve(normal, np.einsum("nkc,nkd->ncd", index, off)))
 
 
-def _fitted(xy: Floats, atoms: Ints, cell: Ints, site: Ints, basis: Floats) -> Grain | None:
+def fitted(xy: Floats, atoms: Ints, cell: Ints, site: Ints, basis: Floats) -> Grain | None:
     """Vectors, origin and basis by least squares; of two atoms on one site the one further off is dropped."""
     for _ in range(2):
         used, site = np.unique(site, return_inverse=True)
@@ -323,7 +338,7 @@ def _supercells() -> Iterator[Ints]:
                 yield np.array([[index // high, shift], [0, high]], dtype=np.int64)
 
 
-def _enlarged(grain: Grain, xy: Floats, intensity: Floats) -> Grain:
+def enlarged(grain: Grain, xy: Floats, intensity: Floats) -> Grain:
     """The grain with the cell that predicts the intensities best, up to four times as large: perovskite A and B columns
     share one square lattice and differ in brightness only.
 

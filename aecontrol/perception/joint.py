@@ -67,11 +67,12 @@ class Patch:
         """The columns and the expected image, with margins."""
         columns = Columns(self.grid, state, spot)
         spots = columns.core()
-        if spot.tail:
-            # the tails are smooth: blurred on the coarse grid and interpolated
-            tails = self.coarse.smooth(self.sums(spots), spot.tail_blur_nm)[None, None] / self.bins**2
-            tails = torch.nn.functional.interpolate(tails, size=self.grid.shape, mode="bilinear")[0, 0]
-            spots = (1 - spot.tail) * spots + spot.tail * tails
+        if spot.wings:
+            # they are smooth: convolved on the coarse grid and interpolated
+            wings = self.coarse.with_wings(self.sums(spots) / self.bins**2, spot)[None, None]
+            if self.bins > 1:
+                wings = torch.nn.functional.interpolate(wings, self.grid.shape, mode="bicubic", antialias=True)
+            spots = (1 - spot.tail) * spots + wings[0, 0]
         return columns, spots + self.grid.background(state.knots)
 
     def weight(self, model: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -91,7 +92,7 @@ class Patch:
         shapes: int = 0,
         weight: torch.Tensor | None = None,
     ) -> tuple[State, Spot, normal.System]:
-        """One step of all columns, the background and the first ``shapes`` parameters of the spot (0, 3 or 4).
+        """One step of all columns, the background and the first ``shapes`` parameters of the spot (0, 3 or all).
 
         ``pairs`` [p, 2]: columns that overlap; ``weight``: of the pixels, where it is not to be read off the residual.
         Returns also the normal equations before the step, in pixels of the coarse grid.
@@ -101,13 +102,17 @@ class Patch:
         weight = self.weight(model, residual)[0] if weight is None else weight
         b = self.bins
         coarse = Columns(self.coarse, replace(state, x=state.x / b, y=state.y / b), spot, NARROW)
-        images = coarse.shape_images(tail=shapes > 3) if shapes else None
+        images = coarse.shape_images(wings=shapes > 3) if shapes else None
         # the sum of b^2 pixels has b^2 times the signal: its weight is the sum of theirs / b^4
         system = normal.assemble(coarse, pairs, self.sums(weight) / b**4, images)
         force = weight * residual
         common = self.grid.knots_of(force)
         if images is not None:
-            common = torch.cat([common, (images.flatten(1) @ self.sums(force).flatten()) / b**2])
+            prior = (
+                common.new_tensor(spot.values(len(images))) / common.new_tensor(normal.SHAPE_PRIOR[: len(images)]) ** 2
+            )
+            prior[0] = 0  # of the blur only the step is damped
+            common = torch.cat([common, (images.flatten(1) @ self.sums(force).flatten()) / b**2 - prior])
         moments = columns.moments(force) * force.new_tensor([1.0, b, b])
         move, shared = system.solve(moments, common)
         limit = move.new_tensor([columns.sx, columns.sy]) * MAX_STEP
@@ -146,8 +151,8 @@ class Patch:
 
 
 def _significance(excess: torch.Tensor, known: torch.Tensor, gain: float) -> torch.Tensor:
-    """Standard deviations of ``excess`` intensity with information ``known``: the signed root of the likelihood ratio of
-    Poisson counts, for few of them rise by chance further than a Gaussian does."""
+    """Standard deviations of ``excess`` intensity with information ``known``: the signed root of the likelihood ratio
+    of Poisson counts, for few of them rise by chance further than a Gaussian does."""
     normal = excess * known.sqrt()
     if gain <= 0:
         return normal

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 from zlib import crc32
 
 import numpy as np
@@ -54,6 +54,8 @@ class LabelledScenes(Model):
         (0.85, 1.2), description="range of magnifications: other probes and samplings than the file's own"
     )
     mirrored: bool = Field(True, description="also mirrored crops, and crops turned by quarters; False: as they are")
+
+    gate_nm: ClassVar[float] = 0.2
 
     @field_validator("file")
     @classmethod

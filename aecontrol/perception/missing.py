@@ -20,8 +20,9 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-_FINEST = 1.5
-"""Pixels are summed until a column's standard deviation spans no more than this many."""
+_FINEST = 1.0
+"""Pixels are summed as long as a column's standard deviation spans this many: a Gaussian sampled so coarsely is still
+told from its sums to a per cent of its width, which is fitted anyway."""
 _SHAPES = 4
 """Rounds of fitting the spot; more change no level by 2 % even where columns overlap as in graphene."""
 _SAMPLE = 2e4
@@ -36,6 +37,10 @@ _ROUNDS = 4
 _HALF = (0.5, 0.05)
 """Level of a half-filled column over that of a full one: 0.41 to 0.55 for one S of two in multislice calculations."""
 _EMPTY = (0.0, 0.03)
+_SPREAD = (0.02**2, 0.2**2)
+"""Variance of the full columns over their level squared: the fit must not take many vacancies for a wide spread."""
+_HERMITE = ((0.0, 8 / 15), (-1.3556, 0.2221), (1.3556, 0.2221), (-2.857, 0.01126), (2.857, 0.01126))
+"""Places and weights of the mean over a normal distribution by five-point Gauss-Hermite quadrature."""
 _NO_DOUBT = 1e-3
 _SHARES = np.array([1.0, 1.0, 8.0])
 """Prior observations of empty, half-filled and full sites."""
@@ -176,6 +181,22 @@ class AmplitudeFit:
         self.base = unit * v0 - self.gain * low
         return np.asarray(1 / np.maximum(self.base + self.gain * model, 0.02 * unit))
 
+    def moves(self, amplitude: Floats) -> tuple[Floats, Floats]:
+        """One Newton step [n, 2] of the positions of columns of ``amplitude`` [n], all else held, and its standard error
+        per axis [n]; none where a column is dark."""
+        model = self.spots.draw(amplitude) + self.background
+        variance = self.base + self.gain * model
+        weight = 1 / np.maximum(variance, 0.02 * float(variance.mean()))
+        residual, weight = self.spots.gather(weight * (self.image - model)), self.spots.gather(weight)
+        row, col = np.divmod(self.spots.index, self.shape[1])
+        force, known = np.empty((len(amplitude), 2)), np.empty((len(amplitude), 2))
+        for axis, (number, size) in enumerate(zip((col, row), self.pixel, strict=True)):
+            slope = self.spots.share * ((number + 0.5) * size - self.xy[:, axis, None]) / self.blur**2
+            force[:, axis] = amplitude * np.einsum("np,np->n", slope, residual)
+            known[:, axis] = amplitude**2 * np.einsum("np,np,np->n", slope, slope, weight)
+        known = np.maximum(known, 1e-9 * float(known.max()) + 1e-300)
+        return force / known, np.asarray(known.mean(1) ** -0.5)
+
     def as_counts(self) -> tuple[Floats, Floats]:
         """Image and background in units in which the variance equals the mean, as for counts."""
         shift = self.base / self.gain**2
@@ -244,7 +265,7 @@ def occupation(fit: AmplitudeFit, kind: Ints, judged: Bools) -> Occupation:
             aim[mine] = _expected(a, v, levels[k], probability[mine]) * level[mine]
         amplitude = amplitude + 0.8 * (aim - amplitude)
     for k in classes:
-        probability[judged & (kind == k)] = _by_counts(scene, amplitude, sigma, level, k, levels[k], probability)
+        probability[judged & (kind == k)] = _by_counts(scene, amplitude, level, k, levels[k], probability)
     return Occupation(probability, free * fit.gain, sigma * fit.gain, level * fit.gain)
 
 
@@ -274,7 +295,7 @@ def _local_level(a: Floats, s: Floats, near: tuple[Ints, Floats]) -> Floats:
 
 
 def _log_gauss(a: Floats, v: Floats, of: _Levels) -> Floats:
-    variance = v + of.spread**2
+    variance = v + (of.spread * of.level) ** 2
     return np.asarray(-0.5 * (a[:, None] - of.level) ** 2 / variance - 0.5 * np.log(variance))
 
 
@@ -295,7 +316,7 @@ def _mixture(a: Floats, now: Floats, s: Floats, start: _Levels | None) -> tuple[
     p = np.zeros((len(a), 3))
     for _ in range(40 if start is None else 15):
         p = normalised(_log_gauss(a, v, of) + np.log(of.share))
-        weight = p / (v + of.spread**2)
+        weight = p / (v + (of.spread * of.level) ** 2)
         total, first = weight.sum(0), (weight * a[:, None]).sum(0)
         full = float(first[2] + 1 / 0.2**2) / float(total[2] + 1 / 0.2**2)
         half = float((first[1] / full + _HALF[0] / _HALF[1] ** 2) / (total[1] + 1 / _HALF[1] ** 2))
@@ -304,7 +325,7 @@ def _mixture(a: Floats, now: Floats, s: Floats, start: _Levels | None) -> tuple[
         core = p[:, 2] > 0.5
         excess = np.sum(p[core, 2] * ((a[core] - full) ** 2 - v[core, 2])) / max(float(p[core, 2].sum()), 1.0)
         share = (p.sum(0) + _SHARES) / (len(a) + _SHARES.sum())
-        before, of = of, _Levels(level, math.sqrt(max(excess, 0.02**2)), share)
+        before, of = of, _Levels(level, math.sqrt(np.clip(excess, *_SPREAD)), share)
         if np.abs(before.level - of.level).max() + np.abs(before.share - of.share).max() < 1e-4:
             break
     return of, p, v
@@ -312,16 +333,14 @@ def _mixture(a: Floats, now: Floats, s: Floats, start: _Levels | None) -> tuple[
 
 def _expected(a: Floats, v: Floats, of: _Levels, p: Floats) -> Floats:
     """Posterior mean amplitude: in each state between its level and the column's own."""
-    own, prior = 1 / v, 1 / of.spread**2
+    own, prior = 1 / v, 1 / np.maximum((of.spread * of.level) ** 2, 1e-6)
     return np.asarray((p * (a[:, None] * own + of.level * prior) / (own + prior)).sum(1))
 
 
-def _by_counts(
-    scene: _Scene, amplitude: Floats, sigma: Floats, level: Floats, kind: int, of: _Levels, probability: Floats
-) -> Floats:
+def _by_counts(scene: _Scene, amplitude: Floats, level: Floats, kind: int, of: _Levels, probability: Floats) -> Floats:
     """Posterior [m, 3] of one class's judged sites by the Poisson likelihood of their pixels, where there is any doubt.
 
-    Columns of one class differ by its spread: the likelihood is tempered by it.
+    Columns of one class differ by its spread: the likelihood is the mean over it.
     """
     mine = np.flatnonzero(scene.judged & (scene.kind == kind))
     p = probability[mine]
@@ -332,11 +351,14 @@ def _by_counts(
     floor = 0.02 * float(total.mean()) + 1e-12
     others = total.ravel()[index] - amplitude[some, None] * share
     counts = scene.counts.ravel()[index]
-    temper = 1 + (of.spread * level[some] / sigma[some]) ** 2
     log = np.empty((len(some), 3))
     for state, relative in enumerate(of.level):
-        model = np.maximum(others + (relative * level[some])[:, None] * share, floor)
-        log[:, state] = np.where(share > 0, counts * np.log(model) - model, 0.0).sum(1) / temper
+        parts = []
+        for off, weight in _HERMITE if relative > 0.2 else ((0.0, 1.0),):
+            mean = relative * (1 + off * of.spread) * level[some]
+            model = np.maximum(others + mean[:, None] * share, floor)
+            parts.append(np.where(share > 0, counts * np.log(model) - model, 0.0).sum(1) + math.log(weight))
+        log[:, state] = np.logaddexp.reduce(parts, axis=0)
     for _ in range(3):
         p[doubtful] = normalised(log + np.log(local_shares(p, of.share, scene.near[kind])[doubtful]))
         of = replace(of, share=(p.sum(0) + _SHARES / 5) / (len(p) + _SHARES.sum() / 5))

@@ -30,6 +30,8 @@ class Network(Protocol):
 
     multiple: int
     reach_px: int
+    half_precision: bool
+    """Whether it can be trained in bfloat16."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits [n, outputs, h, w] of images [n, 1, h, w]."""
@@ -68,6 +70,7 @@ class UNet(nn.Module):
 
     multiple = 4
     reach_px = 52
+    half_precision = True
 
     def __init__(self, size: int = 16, outputs: int = 1) -> None:
         super().__init__()
@@ -100,6 +103,7 @@ class MSDNet(nn.Module):
     ``size``: number of layers; their dilations run through 1 to 10."""
 
     multiple = 1
+    half_precision = False  # gradients of dilated convolutions to one channel come out NaN on CPUs (torch 2.13)
 
     def __init__(self, size: int = 30, outputs: int = 1) -> None:
         super().__init__()

@@ -24,9 +24,9 @@ NEAR = 6.0
 DAMP_NM = 0.1
 """A position's step is damped as if it were known to this before: dim columns must not fly."""
 DAMP_SHARE = 0.001
-"""An intensity's step is damped by this share of what is known of a column's on average: columns off the rim too."""
-SHAPE_PRIOR = (1.0, 0.1, 0.1, 0.2)
-"""Loose prior knowledge of the spot, for windows with few atoms: log blur, stretch, shear, share of the tails."""
+"""An intensity's step is damped by this share of what is known of the median column's: columns off the rim too."""
+SHAPE_PRIOR = (1.0, 0.1, 0.1, 0.1, 0.1, 0.005, 0.1, 0.1, 0.02, 0.02, 0.02, 0.02, 0.02)
+"""Loose prior knowledge of the spot, for windows with few atoms: log blur, stretch, shear, the wings."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ def assemble(columns: Columns, pairs: torch.Tensor, weight: torch.Tensor, images
     pairs = pairs[overlap]
     alone = torch.arange(n, device=pairs.device)
     own = _blocks(columns, windows, alone, alone)
-    known = own[:, 0, 0].mean()
+    known = own[:, 0, 0].median()
     pixel = columns.grid.pixel_nm
     damp = own.new_tensor([0.0, (pixel[0] / DAMP_NM) ** 2, (pixel[1] / DAMP_NM) ** 2])
-    damp[0] = DAMP_SHARE * known.clamp(min=1e-6)  # none of the columns may shine into this part
+    damp[0] = DAMP_SHARE * known + 1e-9
     own = own + torch.diag(damp)
     blocks = _blocks(columns, windows, pairs[:, 0], pairs[:, 1])
     state = columns.state
@@ -158,7 +158,8 @@ def _within(corner: torch.Tensor, i: torch.Tensor, j: torch.Tensor, length: int)
 
 def _scale(a: torch.Tensor, columns: Columns) -> torch.Tensor:
     """Factors of the core's derivatives in the model's derivatives by (a, x, y)."""
-    return torch.stack([torch.ones_like(a), a, a], 1) * (1 - columns.spot.tail)
+    by_a, by_place = columns.spot.scales
+    return torch.stack([torch.full_like(a, by_a), by_place * a, by_place * a], 1)
 
 
 def _rows(own: torch.Tensor, blocks: torch.Tensor, pairs: torch.Tensor, distance: torch.Tensor) -> Rows:

@@ -6,8 +6,9 @@ where it is the brighter one, is that of B against A; it takes no fit of a latti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ Floats = NDArray[np.float64]
 
 AVERAGED_NM = 0.3
 """Width of the Gaussian with which off-centrings are averaged: some seven columns."""
+REACH = 4.0
+"""Columns further than this many of its widths do not take part."""
 UNEVEN = 0.45
 """The four neighbours of a column differ in distance by less than this share, or it is no perovskite's."""
 STRONGEST = 10.0
@@ -73,14 +76,12 @@ def maps(of: OffCentring, shape: tuple[int, int], pixel_yx_nm: tuple[float, floa
         return None
     _, axes = np.linalg.eigh(np.cov(of.shift_nm.T))
     values = of.shift_nm @ axes[:, ::-1]
-    rows, cols = ((np.arange(n) + 0.5) * p for n, p in zip(shape, pixel_yx_nm, strict=True))
-    weight_y = _bell(rows[:, None] - of.xy_nm[:, 1])
-    weight_x = _bell(cols[:, None] - of.xy_nm[:, 0])
-    total, squared = weight_y @ weight_x.T, weight_y**2 @ (weight_x**2).T
+    weight_y, weight_x = (_bells(of.xy_nm[:, 1 - axis], shape[axis], pixel_yx_nm[axis]) for axis in (0, 1))
+    total, squared = (weight_y @ weight_x.T).toarray(), (weight_y**2 @ (weight_x**2).T).toarray()
     known = total > 1.0
     made = np.zeros((2, *shape), dtype=np.float32)
     for component, value in enumerate(values.T):
-        mean = np.divide((weight_y * value) @ weight_x.T, total, out=np.zeros(shape), where=known)
+        mean = np.divide((weight_y * value[None] @ weight_x.T).toarray(), total, out=np.zeros(shape), where=known)
         low, high = np.percentile(mean[known], [5, 95]) if known.any() else (0.0, 0.0)
         index = [
             np.clip((of.xy_nm[:, 1 - axis] / pixel_yx_nm[axis]).astype(int), 0, shape[axis] - 1) for axis in (0, 1)
@@ -91,5 +92,14 @@ def maps(of: OffCentring, shape: tuple[int, int], pixel_yx_nm: tuple[float, floa
     return made
 
 
-def _bell(distance: Floats) -> Floats:
-    return np.asarray(np.exp(-0.5 * (distance / AVERAGED_NM) ** 2))
+def _bells(at_nm: Floats, count: int, pixel_nm: float) -> Any:
+    """The weights [count, n] of columns at ``at_nm`` [n] in ``count`` pixels of one axis, as a sparse array: columns
+    further off than ``REACH`` widths do not count, and memory grows with the image, not with its square."""
+    from scipy.sparse import csr_array
+
+    reach = math.ceil(REACH * AVERAGED_NM / pixel_nm)
+    pixel = np.floor(at_nm / pixel_nm).astype(int) + np.arange(-reach, reach + 1)[:, None]
+    weight = np.exp(-0.5 * (((pixel + 0.5) * pixel_nm - at_nm) / AVERAGED_NM) ** 2)
+    column = np.broadcast_to(np.arange(len(at_nm)), pixel.shape)
+    inside = (pixel >= 0) & (pixel < count)
+    return csr_array((weight[inside], (pixel[inside], column[inside])), shape=(count, len(at_nm)))

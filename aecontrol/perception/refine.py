@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,13 +32,13 @@ TILE_NM, HALO_NM = 6.5, 0.45
 PILOT_NM = 2.0
 """Sides of the square on which the first blur is chosen."""
 FIRST_BLURS_NM = (0.04, 0.06, 0.09)
-STEPS, MORE_STEPS = 4, 3
+STEPS, MORE_STEPS = 4, 4
 """Of the fit, and again with the columns that it showed to be missing or with the spot's tails."""
 FEW = 4.0
 """Relative excess of the variance over the inverse Fisher information times the squared significance: measured, from
 10 counts a column up."""
-BRIGHT = 25.0
-"""Median intensity over its error from which the tails of the spot can be told."""
+BRIGHT = 1e5
+"""Sum of squared significances (about the counts in all columns) from which the wings of the spot can be told."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Fit:
     blur_nm: float | None
     added: int = 0
     tail: float = 0.0
-    """Share of the intensity in the spot's tails, 2.5 times as wide as its core."""
+    """Share of the intensity outside the spot's Gaussian core."""
 
     @cached_property
     def significance(self) -> Floats:
@@ -127,7 +128,7 @@ def _tiles(shape: tuple[int, ...], pixel_nm: tuple[float, float]) -> list[_Tile]
         halo = math.ceil(HALO_NM / pixel)
         spans = [
             ((max(0, a - halo), min(length, b + halo)), (float(a), float(b)))
-            for a, b in zip(edges, edges[1:], strict=False)
+            for a, b in pairwise(edges)
         ]
         spans[0] = (spans[0][0], (-math.inf, spans[0][1][1]))
         spans[-1] = (spans[-1][0], (spans[-1][1][0], math.inf))
@@ -160,7 +161,7 @@ def _fit(data: torch.Tensor, x: Floats, y: Floats, pixel_nm: tuple[float, float]
     import torch
 
     from .joint import Patch
-    from .spot import Spot
+    from .spot import WINGS, Spot
 
     free = spot is None
     if spot is None:
@@ -172,12 +173,12 @@ def _fit(data: torch.Tensor, x: Floats, y: Floats, pixel_nm: tuple[float, float]
     for _ in range(STEPS):
         state, spot, system = patch.step(state, spot, pairs, 3 * free)
     extra_x, extra_y = patch.missed(state, spot)
-    bright = free and float((state.a / system.covariance()[:, 0, 0].sqrt()).median()) > BRIGHT
+    bright = free and float((state.a**2 / system.covariance()[:, 0, 0]).nansum()) > BRIGHT
     if len(extra_x) or bright:
         state = state.joined(extra_x, extra_y)
         pairs = _pairs(patch, state, spot)
         for _ in range(MORE_STEPS):
-            state, spot, system = patch.step(state, spot, pairs, 4 if bright else 3 * free)
+            state, spot, system = patch.step(state, spot, pairs, (3 + WINGS) if bright else 3 * free)
     error = system.covariance().diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
     # few counts: the likelihood is no parabola, and what is known is read off the same few counts
     significance = (state.a / error[:, 0]).clamp(min=1.0)
@@ -214,14 +215,16 @@ def _first_blur(data: torch.Tensor, x: Floats, y: Floats, pixel_nm: tuple[float,
     from .joint import Patch
     from .spot import Spot
 
-    size = [min(n, max(8, round(PILOT_NM / p))) for n, p in zip(data.shape, pixel_nm[::-1], strict=True)]
+    number = [max(1, round(n * p / PILOT_NM)) for n, p in zip(data.shape, pixel_nm[::-1], strict=True)]
     cells = np.stack(
-        [np.clip(a // s, 0, (n - 1) // s) for a, s, n in zip((y, x), size, data.shape, strict=True)], 1
+        [np.clip(a * k / n, 0, k - 1).astype(int) for a, k, n in zip((y, x), number, data.shape, strict=True)], 1
     )
     which, counts = np.unique(cells, axis=0, return_counts=True)
-    row, col = (which[np.argmax(counts)] * size).astype(int)
-    cut = data[row : row + size[0], col : col + size[1]]
-    near = (cells == which[np.argmax(counts)]).all(1)
+    best = which[np.argmax(counts)]
+    (row, bottom), (col, right) = (
+        (n * c // k, n * (c + 1) // k) for c, k, n in zip(best, number, data.shape, strict=True)
+    )
+    cut, near = data[row:bottom, col:right], (cells == best).all(1)
     misfits = []
     for blur in FIRST_BLURS_NM:
         patch = Patch(cut, pixel_nm, blur)

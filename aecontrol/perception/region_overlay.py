@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 # of Okabe and Ito's palette, which colour-blind readers can tell apart
 COLOURS = {"particle": "#E69F00", "boundary": "#56B4E9", "wall": "#CC79A7"}
-NAMES = {"particle": "particles", "boundary": "grain boundaries", "wall": "domain walls"}
+NAMES = {
+    "particle": ("particle", "particles"),
+    "boundary": ("grain boundary", "grain boundaries"),
+    "wall": ("domain wall", "domain walls"),
+}
+"""Singular and plural."""
 SHOWN_PX = 1200
 """Larger images are averaged down to about this."""
 NUMBERED = 60
@@ -50,11 +55,11 @@ def draw_regions(image: NDArray[np.generic], found: Regions) -> Figure:
         for region in regions if len(regions) <= NUMBERED else ():
             at = (region.x_px * found.pixel_size_nm[0], region.y_px * found.pixel_size_nm[1])
             label(ax, at, str(region.label), 8)
-        marks.append(Patch(color=COLOURS[kind], label=f"{len(regions)} {NAMES[kind]}"))
+        marks.append(Patch(color=COLOURS[kind], label=f"{len(regions)} {NAMES[kind][len(regions) != 1]}"))
     marks += [
-        Patch(facecolor="none", edgecolor="grey", label=f"{NAMES[kind]}: not judged") for kind in found.not_judged
+        Patch(facecolor="none", edgecolor="grey", label=f"{NAMES[kind][1]}: not judged") for kind in found.not_judged
     ]
     ax.set(xlim=(0, width), ylim=(height, 0), xlabel="x / nm", ylabel="y / nm")
-    scale_bar(ax)
-    figure.legend(handles=marks, loc="outside upper center", ncols=3, frameon=False)
+    scale_bar(ax, under=True)
+    ax.legend(handles=marks, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     return figure

@@ -200,7 +200,7 @@ def _tabulate(xy: Floats, sigma: Floats, grains: tuple[Grain, ...], size: tuple[
     atoms = cKDTree(xy)
     parts = []
     for number, grain in enumerate(grains):
-        cell, site, atom = _cells(grain)
+        cell, site, atom = grain.around(1)
         on = atom >= 0
         error = sigma[grain.atoms]
         floor = float(np.median(error)) ** 2 + 1e-300
@@ -225,21 +225,6 @@ def _tabulate(xy: Floats, sigma: Floats, grains: tuple[Grain, ...], size: tuple[
     at, of, site, index, departure = (np.concatenate(column) for column in zip(*parts, strict=True))
     framed = np.asarray(((at >= 0) & (at < size)).all(1))
     return _Table(at, of, site, index, framed, departure)
-
-
-def _cells(grain: Grain) -> tuple[Ints, Ints, Ints]:
-    """Cell, site and atom (row of the grain's; -1: none) of all sites of the grain's cells and those next to them."""
-    from scipy.ndimage import binary_dilation
-
-    low = grain.cell.min(0) - 2
-    shape = tuple(grain.cell.max(0) - low + 3)
-    held = np.full((*shape, len(grain.basis)), -1)
-    i, j = (grain.cell - low).T
-    held[i, j, grain.site] = np.arange(len(grain.atoms))
-    close = binary_dilation((held >= 0).any(2), np.ones((3, 3)))
-    i, j = np.nonzero(close)
-    cell = np.repeat(np.stack([i, j], 1) + low, len(grain.basis), axis=0)
-    return cell, np.tile(np.arange(len(grain.basis)), len(i)), held[i, j].ravel()
 
 
 def _classes(table: _Table, grains: tuple[Grain, ...], amplitude: Floats) -> tuple[Ints, tuple[str, ...]]:

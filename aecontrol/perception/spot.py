@@ -1,18 +1,21 @@
 """The model of an image for the joint fit: many copies of one spot on a smooth background, worked on in windows.
 
-The spot is an elliptical Gaussian core plus a share of the same core blurred further (the tails of a real probe),
-sampled at pixel centres, of unit sum. The core is a product of functions of x and y, so that sums over columns'
-windows are small batched matrix products.
+The spot is an elliptical Gaussian core and, in bright images, the wings of a real probe, sampled at pixel centres, of
+unit sum. The core is a product of functions of x and y, so that sums over columns' windows are small batched matrix
+products; the wings are the core convolved with wider functions, in Fourier space and for all columns at once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.fft import next_fast_len
 
 from .refine import BLUR_RANGE_NM
 
@@ -22,8 +25,12 @@ KNOT_NM = 0.8
 """Spacing of the background's knots: wide enough not to imitate a column, narrow enough for contamination."""
 WINDOW = 3.7
 """Half width of a column's window in blurs; the core there is 0.1 % of its peak."""
-TAIL = 2.5
-"""Width of the tails over that of the core: fits diffraction-limited probes of any aperture to 0.6 % (RMS)."""
+WIDTHS = (1.5, 2.5, 4.5)
+"""Of the Gaussians that share the intensity with the core, in blurs: together they follow the tails of an aberrated
+probe to 0.5 % of its peak."""
+WINGS = 10
+"""Parameters of the wings: the shares of these Gaussians, then derivatives of the narrowest: of second order the
+two-fold ones, of fourth order the two-fold, round and four-fold ones."""
 RIM = 8.0
 """The spot is not judged this close to the rim of an image, blurs."""
 
@@ -31,12 +38,12 @@ RIM = 8.0
 @dataclass(frozen=True)
 class Spot:
     """The spot common to all columns: core's standard deviation exp(log_blur) nm, times exp(+-stretch) along x and y;
-    ``shear`` its correlation of x and y; ``tail`` the share of counts in the tails."""
+    ``shear`` its correlation of x and y; ``wings`` none or ``WINGS`` numbers."""
 
     log_blur: float
     stretch: float = 0.0
     shear: float = 0.0
-    tail: float = 0.0
+    wings: tuple[float, ...] = ()
 
     @property
     def blur_nm(self) -> float:
@@ -44,17 +51,32 @@ class Spot:
         return math.exp(self.log_blur)
 
     @property
-    def tail_blur_nm(self) -> float:
-        """Standard deviation of the Gaussian that widens the core to the tails, nm."""
-        return self.blur_nm * math.sqrt(TAIL**2 - 1)
+    def tail(self) -> float:
+        """Share of the intensity outside the core."""
+        return sum(self.wings[: len(WIDTHS)])
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Factors by which the core, of all the intensity, stands for the spot in its response to intensity and to
+        place: its inner products with the spot over those with itself, (2 / (width^2 + 1)) and the square of that for a
+        Gaussian of ``width`` blurs."""
+        parts = [(share, 2 / (width**2 + 1)) for share, width in zip(self.wings, WIDTHS, strict=False)]
+        return 1 - sum(t * (1 - k) for t, k in parts), 1 - sum(t * (1 - k**2) for t, k in parts)
+
+    def values(self, number: int) -> list[float]:
+        """The first ``number`` parameters; wings that the spot has not got are 0."""
+        values = [self.log_blur, self.stretch, self.shear, *self.wings]
+        return [*values, *[0.0] * (number - len(values))][:number]
 
     def moved(self, step: Floats) -> Spot:
         """The spot after a step in its first parameters, kept within what a column can look like."""
-        now = np.array([self.log_blur, self.stretch, self.shear, self.tail])
+        now = np.array(self.values(max(len(step), 3 + len(self.wings))))
         now[: len(step)] += np.clip(step, -0.2, 0.2)
-        return Spot(
-            *np.clip(now, *zip(np.log(BLUR_RANGE_NM), (-0.3, 0.3), (-0.3, 0.3), (-0.2, 0.5), strict=True)).tolist()
-        )
+        now[0] = np.clip(now[0], *np.log(BLUR_RANGE_NM))
+        now[1:] = np.clip(now[1:], -0.4, 0.4)
+        shares = slice(3, 3 + len(WIDTHS))
+        now[shares] = np.maximum(now[shares], 0.0)
+        return Spot(*now[:3].tolist(), tuple(now[3:].tolist()))
 
 
 @dataclass(frozen=True)
@@ -90,12 +112,12 @@ class Grid:
         """Grid for ``image`` whose margins hold ``margin`` pixels or a little more, so that ``bins`` divides it."""
         margin = -(-margin // bins) * bins
         rows, cols = image.shape
-        shape = (rows + 2 * margin + -rows % bins, cols + 2 * margin + -cols % bins)
+        shape = tuple(bins * next_fast_len(-(-n // bins) + 2 * margin // bins, real=True) for n in (rows, cols))
         hats = [
             torch.nn.functional.pad(_hats(n, p, image), (margin, full - margin - n))
             for n, full, p in zip((rows, cols), shape, pixel_nm[::-1], strict=True)
         ]
-        return cls(shape, (rows, cols), margin, pixel_nm, hats[0], hats[1])
+        return cls((shape[0], shape[1]), (rows, cols), margin, pixel_nm, hats[0], hats[1])
 
     def binned(self, bins: int) -> Grid:
         """The grid of sums over ``bins`` x ``bins`` pixels."""
@@ -116,11 +138,41 @@ class Grid:
 
     def smooth(self, image: torch.Tensor, width_nm: float) -> torch.Tensor:
         """``image`` blurred with a Gaussian of standard deviation ``width_nm`` (round the rims: keep to the inside)."""
-        y, x = (
-            torch.exp(-2 * (math.pi * width_nm / p * f(n)) ** 2).to(image)
-            for n, p, f in zip(self.shape, self.pixel_nm[::-1], (torch.fft.fftfreq, torch.fft.rfftfreq), strict=True)
-        )
-        return torch.fft.irfft2(torch.fft.rfft2(image) * y[:, None] * x, s=self.shape)
+        y, x = _frequencies(self.shape, self.pixel_nm, image.device)
+        bell = torch.exp(-0.5 * (width_nm * y) ** 2) * torch.exp(-0.5 * (width_nm * x) ** 2)
+        return torch.fft.irfft2(torch.fft.rfft2(image) * bell, s=self.shape)
+
+    def wings(self, image: torch.Tensor, blur_nm: float) -> Iterator[torch.Tensor]:
+        """``image`` convolved with each of the ``WINGS`` functions of a spot of ``blur_nm``."""
+        transformed = torch.fft.rfft2(image)
+        for part in _wings(self.shape, self.pixel_nm, blur_nm, image.device):
+            yield torch.fft.irfft2(transformed * part, s=self.shape)
+
+    def with_wings(self, image: torch.Tensor, spot: Spot) -> torch.Tensor:
+        """All wings of an image of cores."""
+        parts = _wings(self.shape, self.pixel_nm, spot.blur_nm, image.device)
+        wings = (parts * parts.new_tensor(spot.wings)[:, None, None]).sum(0)
+        return torch.fft.irfft2(torch.fft.rfft2(image) * wings, s=self.shape)
+
+
+def _frequencies(
+    shape: tuple[int, int], pixel_nm: tuple[float, float], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, 1] and [1, cols/2 + 1] angular frequencies of ``rfft2``, rad/nm."""
+    (rows, cols), (px, py) = shape, pixel_nm
+    y = torch.fft.fftfreq(rows, py, device=device)[:, None]
+    return 2 * math.pi * y, 2 * math.pi * torch.fft.rfftfreq(cols, px, device=device)[None]
+
+
+@lru_cache(maxsize=8)
+def _wings(shape: tuple[int, int], pixel_nm: tuple[float, float], blur_nm: float, device: torch.device) -> torch.Tensor:
+    """[WINGS, rows, cols/2 + 1] transforms of the functions that the core is convolved with in the wings."""
+    y, x = (blur_nm * q for q in _frequencies(shape, pixel_nm, device))
+    bells = [torch.exp(-0.5 * (w**2 - 1) * y**2) * torch.exp(-0.5 * (w**2 - 1) * x**2) for w in WIDTHS]
+    y, x = y * WIDTHS[0], x * WIDTHS[0]
+    second, cross, square = x**2 - y**2, 2 * x * y, x**2 + y**2
+    fourth = [square * second, square * cross, square**2, second**2 - cross**2, 2 * second * cross]
+    return torch.stack([*bells, *(bells[0] * f for f in (second, cross, *fourth))])
 
 
 def _hats(length: int, pixel_nm: float, like: torch.Tensor) -> torch.Tensor:
@@ -175,17 +227,20 @@ class Columns:
         scale = self.gy.new_tensor([1.0, self.spot.shear * self.sx * self.sy])[:, None]
         return self.splat(self.gy[:, :2] * (scale * self.state.a[:, None, None]), self.gx[:, :2])
 
-    def shape_images(self, tail: bool) -> torch.Tensor:
-        """[3 or 4, rows, cols] derivative of the model by the spot's parameters, in the order of :class:`Spot`."""
+    def shape_images(self, wings: bool) -> torch.Tensor:
+        """[3, rows, cols] derivative of the model by the spot's first parameters, in the order of :class:`Spot`; with
+        ``wings`` by all."""
         a = (self.state.a * self._inside())[:, None, None] * (1 - self.spot.tail)
         xx = self.splat(self.gy[:, :1] * (a * self.sx**2), self.gx[:, 2:])
         yy = self.splat(self.gy[:, 2:] * (a * self.sy**2), self.gx[:, :1])
         xy = self.splat(self.gy[:, 1:2] * (a * self.sx * self.sy), self.gx[:, 1:2])
-        images = [xx + yy, xx - yy, xy]
-        if tail:
+        images = torch.stack([xx + yy, xx - yy, xy])
+        if wings:
             core = self.core()
-            images.append(self.grid.smooth(core, self.spot.tail_blur_nm) - core)
-        return torch.stack(images) * self._heart()
+            parts = torch.stack(list(self.grid.wings(core, self.spot.blur_nm)))
+            parts[: len(WIDTHS)] -= core
+            images = torch.cat([images, parts])
+        return images * self._heart()
 
     def _heart(self) -> torch.Tensor:
         """1 in the image, 0 within ``RIM`` blurs of its rim: light from beyond would pose as tails."""
@@ -204,9 +259,10 @@ class Columns:
     def moments(self, image: torch.Tensor) -> torch.Tensor:
         """[n, 3] inner products of ``image`` with the derivatives of the model by a, x, y: of round cores only, for
         shear and tails hold next to nothing about where a column is."""
-        q = torch.bmm(torch.bmm(self.gy[:, :2], self.gather(image)), self.gx[:, :2].mT) * (1 - self.spot.tail)
-        a = self.state.a
-        return torch.stack([q[:, 0, 0], a * q[:, 0, 1], a * q[:, 1, 0]], 1)
+        q = torch.bmm(torch.bmm(self.gy[:, :2], self.gather(image)), self.gx[:, :2].mT)
+        by_a, by_place = self.spot.scales
+        a = by_place * self.state.a
+        return torch.stack([by_a * q[:, 0, 0], a * q[:, 0, 1], a * q[:, 1, 0]], 1)
 
 
 def _profile(at: torch.Tensor, first: torch.Tensor, sigma: float, length: int) -> torch.Tensor:

@@ -112,6 +112,9 @@ def _found(random: np.random.Generator, mo: Floats, s: Floats, left: NDArray[np.
         sigma_y=sigma,
         intensity=np.maximum(number + error * random.normal(size=len(at)), 1.0),
         sigma_intensity=error,
+        disagreement=np.zeros(len(at)),
+        spread_nm=np.zeros(len(at)),
+        completed=np.zeros(len(at), dtype=bool),
         background=0.0,
         blur_nm=0.05,
     )

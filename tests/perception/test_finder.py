@@ -12,11 +12,12 @@ from scipy.spatial import cKDTree
 
 from aecontrol.errors import BadInput
 from aecontrol.perception.finder import AtomFinder, Found
+from aecontrol.perception.labelled import read_labelled
 from aecontrol.perception.refine import refine
 from aecontrol.types import ScanRegion
 
 PIXEL = 0.03
-DATA = Path(__file__).parents[1] / "data" / "pt_single_atoms"
+LABELLED = Path(__file__).parents[2] / "configs" / "labelled" / "pt_nc.npz"
 
 
 @pytest.fixture(scope="module")
@@ -167,14 +168,14 @@ def test_other_pixel_shapes_and_sizes(finder, pixels):
 
 
 def test_hand_labelled_pt_atoms_on_carbon(finder):
-    """Real images; training saw none of them, but the texture of its supports was set with their spectra."""
+    """Real images of which training saw others of the same series."""
+    pixel = 0.029296875
     pairs_made = finds = labels = 0
-    for name in ("img_021", "img_034"):
-        record = np.load(DATA / f"{name}.npz")
-        pixel = float(record["pixel_size_nm"])
-        found = finder.find(record["image"], (pixel, pixel), 0.2)
-        pairs_made += len(pairs(found, record["xy_px"], 0.2 / pixel)[0])
-        finds, labels = finds + len(found), labels + len(record["xy_px"])
+    for name in ("057", "072"):
+        image, truth = read_labelled(LABELLED)[name]
+        found = finder.find(image, (pixel, pixel), 0.1, refined=False)
+        pairs_made += len(pairs(found, truth, 0.2 / pixel)[0])
+        finds, labels = finds + len(found), labels + len(truth)
     assert 2 * pairs_made / (finds + labels) >= 0.6
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aecontrol.canvas import draw_png
 from aecontrol.errors import BadInput
-from aecontrol.perception import polar, views
+from aecontrol.perception import order, polar, views
 from aecontrol.perception.learn_regions import RegionLessons, RegionTraining, lesson, train_from_toml
 from aecontrol.perception.region_overlay import draw_regions
 from aecontrol.perception.regions import RegionFinder, outline
@@ -82,6 +82,26 @@ def test_weak_and_small_regions_are_absent():
         assert not grid.labels.any()
 
 
+def test_a_boundary_lies_between_two_lattices():
+    """Fringes of two directions on both sides, on one side, on none; an edge; fringes of one direction."""
+    at = np.stack(np.meshgrid(np.arange(120), np.arange(120)), -1) * 0.06
+    lattice = np.cos(at @ [30.0, 0.0]) + np.cos(at @ [8.0, 29.0])
+    noise = np.random.default_rng(0).normal(0, 0.5, at.shape[:2])
+    left = at[..., 0] < 3.6
+    images = {
+        "both": lattice + noise,
+        "one": lattice * left + noise,
+        "none": noise,
+        "edge": 20 * left + noise,
+        "stripes": np.cos(at @ [30.0, 0.0]) + noise,
+    }
+    inside = np.ones((100, 6), dtype=bool)
+    found = {
+        name: order.between_lattices(i.astype(np.float32), (0.06, 0.06), inside, (10, 57)) for name, i in images.items()
+    }
+    assert found == {"both": True, "one": False, "none": False, "edge": False, "stripes": False}
+
+
 def test_off_centring_is_that_of_the_built_crystal():
     rng = np.random.default_rng(0)
     cells = np.stack(np.meshgrid(np.arange(20), np.arange(20)), -1).reshape(-1, 2) * 0.4
@@ -131,6 +151,19 @@ def test_walls_are_read_from_columns(finder):
             assert walls[0].length_nm == pytest.approx(16, rel=0.1)
 
 
+def test_windows_are_the_whole_image(finder):
+    """A view too large for one window, against the network's own answer to all of it at once."""
+    import torch
+
+    seen = np.random.default_rng(0).normal(0, 1, (90, 641)).astype(np.float32)
+    for channel, kind in enumerate(views.CLASSES):
+        padded = np.pad(seen, ((0, 2), (0, 3)))
+        with torch.inference_mode():
+            answers = [net(torch.from_numpy(padded)[None, None])[0, channel].sigmoid() for net in finder._members]
+        whole = np.mean(answers, axis=0)[:90, :641]
+        assert np.abs(finder.probability(kind, seen) - whole).max() < 1e-5
+
+
 def test_nothing_is_found_in_nothing(finder):
     found = finder.find(np.full((200, 200), 3.0), (0.05, 0.05))
     assert not found.regions
@@ -174,7 +207,7 @@ def test_overlay_is_a_picture_with_every_class_named(finder, particles):
     image, pixel, _ = particles
     found = finder.find(image, pixel)
     figure = draw_regions(image, found)
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert texts == ["3 particles", "0 grain boundaries", "domain walls: not judged"]
     assert draw_png(lambda: figure)[:4] == b"\x89PNG"
 

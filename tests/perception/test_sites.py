@@ -58,8 +58,9 @@ def seen(xy, counts, seed=0):
     at = (xy + random.normal(size=xy.shape) * sigma[:, None]) / PIXEL
     error = 1.3 * np.sqrt(counts)
     intensity = counts + error * random.normal(size=len(xy))
-    one = np.ones(len(xy))
-    return Found(at[:, 0], at[:, 1], one, sigma / PIXEL, sigma / PIXEL, intensity, error, 0.05, BLUR)
+    one, none = np.ones(len(xy)), np.zeros(len(xy))
+    place = (at[:, 0], at[:, 1], one, sigma / PIXEL, sigma / PIXEL)
+    return Found(*place, intensity, error, none, none, none > 0, 0.05, BLUR)
 
 
 def named(xy, counts, drawn=None, seed=0, size_nm=6.0) -> Sites:
@@ -74,8 +75,7 @@ def purity(label, kind):
     return np.mean(np.asarray(most)[np.unique(kind, return_inverse=True)[1]] == label), len(set(most)) == len(most)
 
 
-@pytest.mark.parametrize("name", CRYSTALS)
-@pytest.mark.parametrize("turn_deg", [0.0, 38.0])
+@pytest.mark.parametrize(("name", "turn_deg"), [*((name, 38.0) for name in CRYSTALS), ("SrTiO3", 0.0)])
 def test_every_atom_of_a_perfect_crystal_gets_its_sublattice_and_nothing_is_missing(name, turn_deg):
     xy, kind, counts = crystal(name, turn_deg=turn_deg)
     sites = named(xy, counts)
@@ -99,7 +99,7 @@ def test_every_atom_of_a_perfect_crystal_gets_its_sublattice_and_nothing_is_miss
         assert 1.3 * BLUR / np.sqrt(bright) * 0.9 < sublattice.rms < 1.3 * BLUR / np.sqrt(bright) * 1.2
 
 
-@pytest.mark.parametrize("name", ["MoS2", "graphene", "SrTiO3", "hBN"])
+@pytest.mark.parametrize("name", ["MoS2", "graphene", "SrTiO3"])
 def test_what_was_taken_out_is_what_is_missing(name):
     xy, kind, counts = crystal(name)
     random = np.random.default_rng(3)
@@ -185,6 +185,7 @@ def test_scattered_atoms_have_no_lattice(seed):
     assert few.note is not None
 
 
+@pytest.mark.slow
 def test_vacancies_in_rendered_mos2_come_near_the_poisson_limit():
     mine, limit, counts = vacancies.Tally(), vacancies.Tally(), 50.0
     for seed in (100, 101):
@@ -239,7 +240,7 @@ def test_with_the_shipped_finder():
     assert len(set(nearest[hit & inner[nearest]])) / (inner & (f.left < 2)).sum() > 0.9
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.floats(0.22, 0.5),
     st.floats(1.0, 1.6),

@@ -1,0 +1,258 @@
+"""Atoms that a crystal says must be looked for: sites that the network passed over, and finds that are none.
+
+At a few counts per column no single column can be told from noise, but the lattice that all of them share can. Sites of
+every grain are fitted to the image together with whatever else was found (:mod:`.missing`), and a site is an atom when
+the posterior odds say so: its own counts decide, the lattice only says where to look. Grains grow over their gaps as
+long as the image bears the sites out. Outside of grains nothing is changed. Lengths are nm unless named px.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .grains import SMALLEST, Grain, enlarged, find_grains, fitted
+from .missing import AmplitudeFit, occupation
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+FIRST_BLUR_NM = 0.045
+"""Where the fit of the columns' common width starts."""
+UNSURE_NM = 0.012
+"""A column placed by its own counts no better than this is drawn to its site: four errors would be 0.05 nm, at which a
+column counts as missed. Columns of 30 counts and more are better known even where they overlap as in graphene."""
+_GROWTH = 4
+"""Cells by which a grain may grow in a round, and the rounds."""
+_ROUNDS = 5
+_GROWN = 1.02
+_SAME = 0.45
+"""A find is the atom of a site within this share of the shortest distance of two sites."""
+_AROUND = 9
+_HELD = 0.6
+"""Share of the nearest sites that hold an atom inside of a crystal."""
+_OFF = 0.1
+"""Share of the shortest distance by which columns may scatter about their sites beyond their errors."""
+_PHANTOM = 4.0
+"""Standard errors below which a find between the sites of a crystal is noise."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Atoms to refine, n of them, at ``xy`` [n, 2] with the probability ``confidence`` of being there; ``peak`` [n] is
+    the find at the place (-1: none, the lattice ``completed`` it). ``site`` [n, 2] is where the neighbours put it and
+    ``scatter`` [n] by how much it may be off (NaN and infinite for atoms of no crystal)."""
+
+    xy: Floats
+    confidence: Floats
+    peak: Ints
+    site: Floats
+    scatter: Floats
+
+    @property
+    def completed(self) -> Bools:
+        """Which ones the network did not see."""
+        return self.peak < 0
+
+    def settled(self, xy: Floats, sigma: Floats) -> tuple[Floats, Floats]:
+        """Positions and standard errors [n, 2] after refinement to these: posterior means and widths.
+
+        A position that its counts leave worse than ``UNSURE_NM`` is weighed against its site, as narrowly as the
+        sublattice was measured to scatter; all others stay what the image says.
+        """
+        unsure = np.isfinite(self.scatter) & (sigma.max(1) > UNSURE_NM)
+        own, prior = sigma[unsure] ** -2.0, self.scatter[unsure, None] ** -2.0
+        xy, sigma = xy.copy(), sigma.copy()
+        xy[unsure] = (own * xy[unsure] + prior * self.site[unsure]) / (own + prior)
+        sigma[unsure] = (own + prior) ** -0.5
+        return xy, sigma
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """All sites of all grains, at their predicted places: grain number, cell, site of the cell, the find there (-1:
+    none), and whether it is in the frame."""
+
+    xy: Floats
+    grain: Ints
+    cell: Ints
+    site: Ints
+    peak: Ints
+    framed: Bools
+
+
+def complete(
+    image: NDArray[np.generic], pixel_size_nm: tuple[float, float], xy: Floats, confidence: Floats, threshold: float
+) -> Candidates:
+    """Atoms of ``image`` [rows, cols] from finds at ``xy`` [n, 2] nm with ``confidence`` [n], faint ones included.
+
+    On sites of a crystal the posterior decides, off them and without a crystal the finds with at least ``threshold``
+    are kept, less the insignificant ones between sites.
+    """
+    data = np.asarray(image, dtype=np.float64)
+    size = np.array(data.shape[::-1]) * pixel_size_nm
+    grains = list(find_grains(xy, np.ones(len(xy)))) if len(xy) >= SMALLEST else []
+    if not grains:
+        return _as_found(xy, confidence, np.flatnonzero(confidence >= threshold))
+    weights = [np.ones(len(g.atoms)) for g in grains]
+    blur, held = FIRST_BLUR_NM, sum(len(g.atoms) for g in grains)
+    for turn in range(_ROUNDS):
+        pool = _pool(grains, weights, xy, size)
+        view = _look(data, pixel_size_nm, pool, xy, blur)
+        blur, before, held = view.blur, held, int((view.good & pool.framed).sum())
+        if held < _GROWN * before:
+            break
+        grains, weights = _regrown(grains, pool, view, first=turn == 0)
+        if not grains:
+            return _as_found(xy, confidence, np.flatnonzero(confidence >= threshold))
+    return _chosen(pool, view, xy, confidence, threshold)
+
+
+def _as_found(xy: Floats, confidence: Floats, rows: Ints) -> Candidates:
+    nowhere = np.full((len(rows), 2), np.nan)
+    return Candidates(xy[rows], confidence[rows], rows, nowhere, np.full(len(rows), np.inf))
+
+
+def _pool(grains: list[Grain], weights: list[Floats], xy: Floats, size: Floats) -> _Pool:
+    """Sites of the grains and of the cells around, each in the grain whose atoms are nearest, no two on one place."""
+    from scipy.spatial import cKDTree
+
+    owner = np.repeat(np.arange(len(grains)), [len(g.atoms) for g in grains])
+    tree = cKDTree(np.concatenate([g.ideal(g.cell, g.site) + g.departure for g in grains]))
+    parts = []
+    for number, (grain, weight) in enumerate(zip(grains, weights, strict=True)):
+        cell, site, _ = grain.around(_GROWTH)
+        at = grain.predict(cell, site, weight)
+        keep = ((at > -0.5 * grain.spacing) & (at < size + 0.5 * grain.spacing)).all(1)
+        keep &= owner[tree.query(at)[1]] == number
+        parts.append((at[keep], np.full(keep.sum(), number), cell[keep], site[keep]))
+    at, number, cell, site = (np.concatenate(column) for column in zip(*parts, strict=True))
+    spacing = min(g.spacing for g in grains)
+    keep = np.ones(len(at), dtype=bool)
+    for first, second in sorted(cKDTree(at).query_pairs(_SAME * spacing)):
+        if keep[first]:
+            keep[second] = False
+    at = at[keep]
+    off, nearest = cKDTree(xy).query(at)
+    peak = np.where(off < _SAME * spacing, nearest, -1)
+    # one find stands on one site, the nearer one
+    order = np.lexsort([off, peak])
+    again = np.concatenate([[False], peak[order][1:] == peak[order][:-1]])
+    peak[order[again]] = -1
+    framed = ((at >= 0) & (at <= size)).all(1)
+    return _Pool(at, number[keep], cell[keep], site[keep], peak, framed)
+
+
+@dataclass(frozen=True)
+class _View:
+    """What the image says of a pool: probability that each site holds an atom, whether the crystal is there (``good``:
+    it holds one, and so do those around, where they should), amplitude, step [n, 2] from the predicted place with its
+    error; ``other``: the finds on no site, with their ``significance``."""
+
+    blur: float
+    probability: Floats
+    good: Bools
+    inside: Bools
+    amplitude: Floats
+    step: Floats
+    error: Floats
+    other: Ints
+    significance: Floats
+
+
+def _look(data: Floats, pixel: tuple[float, float], pool: _Pool, xy: Floats, blur: float) -> _View:
+    """Fit sites and the finds on none to the image."""
+    from scipy.spatial import cKDTree
+
+    n = len(pool.xy)
+    tree = cKDTree(pool.xy)
+    near = tree.query(pool.xy, k=min(_AROUND + 1, n))
+    spacing = float(np.median(near[0][:, 1]))
+    other = np.setdiff1d(np.arange(len(xy)), pool.peak)
+    columns = np.concatenate([pool.xy, xy[other]])
+    fit = AmplitudeFit(data, pixel, columns, np.zeros(len(columns)), blur, spacing)
+    _, kind, number = np.unique(np.stack([pool.grain, pool.site], 1), axis=0, return_inverse=True, return_counts=True)
+    few = number[kind.ravel()] <= _AROUND
+    kind = np.concatenate([np.where(few, -1, kind.ravel()), np.full(len(other), -1)])
+    filled = occupation(fit, kind, kind >= 0)
+    probability = 1 - filled.probability[:n, 0]
+    step, error = fit.moves(np.concatenate([filled.level[:n], np.maximum(fit.amplitude[n:], 0.0)]))
+    step, error = step[:n], error[:n]
+    around = near[1][:, 1:]
+    held = (probability[around] > 0.5).mean(1) > _HELD
+    allowed = 4 * error[around] ** 2 + (_OFF * spacing) ** 2
+    straight = np.mean((step[around] ** 2).sum(2) / allowed, axis=1) < 1
+    inside = held & straight & ~few
+    significance = filled.amplitude[n:] / filled.sigma[n:]
+    return _View(
+        fit.blur,
+        probability,
+        inside & (probability > 0.5),
+        inside,
+        filled.amplitude[:n],
+        step,
+        error,
+        other,
+        significance,
+    )
+
+
+def _regrown(grains: list[Grain], pool: _Pool, view: _View, first: bool) -> tuple[list[Grain], list[Floats]]:
+    """The grains as the good sites show them; with the cell that the amplitudes ask for, the ``first`` time."""
+    regrown, weights = [], []
+    for number, grain in enumerate(grains):
+        mine = np.flatnonzero(view.good & (pool.grain == number))
+        if len(mine) < SMALLEST:
+            continue
+        reach = _SAME * grain.spacing
+        at = pool.xy[mine] + np.clip(view.step[mine], -reach, reach)
+        new = fitted(at, np.arange(len(mine)), pool.cell[mine], pool.site[mine], grain.basis)
+        if new is None:
+            continue
+        regrown.append(enlarged(new, at, view.amplitude[mine]) if first else new)
+        weights.append(view.error[mine] ** -2.0)
+    return regrown, weights
+
+
+def _chosen(pool: _Pool, view: _View, xy: Floats, confidence: Floats, threshold: float) -> Candidates:
+    """Sites that hold an atom, and finds elsewhere."""
+    from scipy.spatial import cKDTree
+
+    said = np.where(pool.peak >= 0, confidence[pool.peak], 0.0)
+    certain = np.where(view.inside, view.probability, said)
+    keep = (certain >= threshold) & (pool.framed | (pool.peak >= 0))
+    scatter = np.full(len(pool.xy), np.inf)
+    for kind in np.unique(np.stack([pool.grain, pool.site], 1), axis=0):
+        mine = view.good & (pool.grain == kind[0]) & (pool.site == kind[1])
+        if mine.any():
+            scatter[mine] = _scatter(view.step[mine], view.error[mine])
+    spacing = float(np.median(cKDTree(pool.xy).query(pool.xy, k=2)[0][:, 1]))
+    between = np.zeros(len(view.other), dtype=bool)
+    if view.inside.any() and len(view.other):
+        between = cKDTree(pool.xy[view.inside]).query(xy[view.other])[0] < 1.5 * spacing
+    real = view.other[(confidence[view.other] >= threshold) & (~between | (view.significance > _PHANTOM))]
+    found = _as_found(xy, confidence, real)
+    # what is seen well starts where it was seen
+    surely = (said >= threshold) & ((view.error < UNSURE_NM) | ~view.inside)
+    at = np.where(surely[:, None], xy[pool.peak], pool.xy)
+    return Candidates(
+        np.concatenate([at[keep], found.xy]),
+        np.concatenate([certain[keep], found.confidence]),
+        np.concatenate([pool.peak[keep], found.peak]),
+        np.concatenate([pool.xy[keep], found.site]),
+        np.concatenate([scatter[keep], found.scatter]),
+    )
+
+
+def _scatter(step: Floats, error: Floats) -> float:
+    """Standard deviation per axis of a sublattice about its predicted places, beyond what the errors explain.
+
+    From the median, so that single displaced columns do not widen it; never narrower than a fifth of the errors, which
+    is about what the prediction itself, a mean over some six neighbours, is uncertain by.
+    """
+    own = float(np.median(error**2))
+    real = float(np.median((step**2).sum(1))) / (2 * np.log(2)) - own
+    return float(np.sqrt(max(real, 0.0) + own / 5))
