@@ -22,12 +22,12 @@ BLOCK_NM = 5.0
 """Largest sides of the blocks that frames are cut into."""
 CANDIDATE = 0.15
 """Confidence from which on a place is looked at."""
-AGREED, DISPUTED = 0.5, 0.1
+AGREED, DISPUTED = 0.8, 0.1
 """Least confidence of the teachers and largest mutual information (nat) between them for an atom."""
 SIGNIFICANT = 5.0
 """Least intensity over its standard error of a confirmed atom."""
-STRONG, LIKE_OTHERS = 10.0, (0.3, 3.0)
-"""The same for a place of which the teachers are not sure, and its intensity over the median of those agreed upon."""
+MOVED_NM = 0.03
+"""Farthest that the fit may lie from where the teachers see the atom."""
 LEAST = 0.15
 """Share of the median intensity that an atom has at least: where the residual excludes so much, nothing is."""
 GRID_NM = 0.06
@@ -85,8 +85,8 @@ class OwnScenes:
 def label(frame: Frame, teachers: AtomFinder) -> Block:
     """What ``teachers`` and the joint fit together hold to be in an image.
 
-    Wanted are atoms on which the teachers agree and that the fit confirms (significant, and its window is explained as
-    well as others), or that the fit shows beyond doubt where the teachers are unsure. Nothing is where no teacher sees
+    Wanted are atoms on which the teachers agree and that the fit confirms (significant, at the same place, and its
+    window is explained as well as others). Nothing is where no teacher sees
     anything and the residual, or the fit where they are unsure, excludes an atom. The rest is left open.
     """
     image, pixel_size_nm = np.asarray(frame.image, dtype=np.float32), frame.pixel_size_nm
@@ -100,11 +100,11 @@ def label(frame: Frame, teachers: AtomFinder) -> Block:
     spots = Spots(fitted.x, fitted.y, blur, image.shape, pixel_size_nm)
     seen = explain(image.astype(np.float64), spots)
     sane = ~_odd(image, seen, fitted, pixel_size_nm)
-    confirmed = (fitted.significance >= SIGNIFICANT) & sane
-    sure = agreed & confirmed
+    start = np.stack([found.x_px, found.y_px], 1)
+    moved = np.hypot(*((np.stack([fitted.x, fitted.y], 1)[: len(start)] - start) * pixel_size_nm).T)
+    near = np.pad(moved <= MOVED_NM, (0, fitted.added))
+    sure = agreed & near & sane & (fitted.significance >= SIGNIFICANT)
     usual = float(np.median(fitted.intensity[sure])) if sure.any() else np.inf
-    likely = (fitted.intensity > LIKE_OTHERS[0] * usual) & (fitted.intensity < LIKE_OTHERS[1] * usual)
-    sure |= (told > 0) & likely & sane & (fitted.significance >= STRONG)
     absent = ~agreed & (fitted.intensity + 3 * fitted.sigma_intensity < LEAST * usual) & np.isfinite(usual)
     at = np.stack([fitted.x, fitted.y], 1)
     at = at[~absent]

@@ -1,11 +1,13 @@
-"""What adaptation to a session's own frames gains where the shipped weights see badly: a scan that is far less steady
-than any in training.
+"""What adaptation to a session's own frames gains where the shipped weights see badly: an unsteady scan with a slow
+detector, as in no training scene.
 
-    python -m tests.benchmarks.adapt [--weights FILE] [--material mos2] [--counts 100] [--jitter-nm 0.05] [--frames 4]
+    python -m tests.benchmarks.adapt [--weights FILE] [--material mos2] [--counts 400] [--jitter-nm 0.03]
+        [--afterglow 0.5] [--frames 4]
 
 Frames of 7.7 nm are drawn by the training scenes' simulator (other seeds, no nuisances), finely; every line is then
 displaced along itself by a random whole number of fine pixels (normal, ``--jitter-nm``; training knows up to 0.015 nm)
-and pixels are summed to 0.03 nm, which keeps counts Poisson. The ensemble is adapted to ``--frames`` of them without
+pixels are summed to 0.03 nm, and the share ``--afterglow`` of the electrons is counted later by a time of 8 pixels on
+average: all of which keeps counts Poisson. The ensemble is adapted to ``--frames`` of them without
 their truth, and judged with the truth on as many others, which adaptation never saw. Also printed: the same with the
 true labels in place of its own, which no session has: the most that this training could gain.
 """
@@ -27,13 +29,22 @@ from aecontrol.perception.own_frames import Block, Frame, label
 from simulators.crystal_scenes import CrystalScenes
 
 FINE_NM, BINS, FINE_PX = 0.01, 3, 768
+DECAY_PX = 8
 
 
-def unsteady(scene: Scene, jitter_nm: float, rng: np.random.Generator) -> Block:
-    """The scene on pixels ``BINS`` times as large, its lines displaced."""
+def unsteady(scene: Scene, jitter_nm: float, afterglow: float, rng: np.random.Generator) -> Block:
+    """The scene on pixels ``BINS`` times as large, its lines displaced and smeared."""
     rows = scene.image.reshape(-1, BINS, scene.image.shape[1])
     moved = [np.roll(line, round(rng.normal(0, jitter_nm / FINE_NM)), axis=1) for line in rows]
     image = np.stack(moved).sum(1).reshape(len(rows), -1, BINS).sum(2)
+    counts = image.astype(np.int64).ravel()
+    late = rng.binomial(counts, afterglow)
+    seen = counts - late
+    for lag in range(1, 5 * DECAY_PX):
+        now = rng.binomial(late, 1 - np.exp(-1 / DECAY_PX))
+        late -= now
+        seen[lag:] += now[:-lag]
+    image = seen.reshape(image.shape)
     pixel = BINS * FINE_NM
     return Block(image.astype(np.float32), (pixel, pixel), scene.positions_px / BINS, scene.wanted)
 
@@ -54,8 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--material", default="mos2")
-    parser.add_argument("--counts", type=float, default=100.0)
-    parser.add_argument("--jitter-nm", type=float, default=0.05)
+    parser.add_argument("--counts", type=float, default=400.0)
+    parser.add_argument("--jitter-nm", type=float, default=0.03)
+    parser.add_argument("--afterglow", type=float, default=0.5)
     parser.add_argument("--frames", type=int, default=4)
     parser.add_argument("--steps", type=int, default=Adaptation().steps)
     parser.add_argument("--rounds", type=int, default=Adaptation().rounds)
@@ -65,7 +77,9 @@ def main() -> None:
     dose = (options.counts, options.counts)
     scenes = CrystalScenes.model_validate({**fixed, "materials": (options.material,), "counts": dose})
     rng = np.random.default_rng(9)
-    truths = [unsteady(scenes.render(9, k), options.jitter_nm, rng) for k in range(2 * options.frames)]
+    truths = [
+        unsteady(scenes.render(9, k), options.jitter_nm, options.afterglow, rng) for k in range(2 * options.frames)
+    ]
     own, others = truths[: options.frames], truths[options.frames :]
     frames = [Frame(str(k), block.image, block.pixel_size_nm) for k, block in enumerate(own)]
     settings = Adaptation(steps=options.steps, rounds=options.rounds)

@@ -130,6 +130,22 @@ def test_ruined_networks_leave_a_card_that_says_why_and_no_weights(tmp_path):
     assert not set(card["blocks_learnt"]) & set(card["blocks_held_out"])
 
 
+@pytest.mark.slow
+def test_an_ensemble_that_was_taught_the_perfect_lattice_is_refused(tmp_path):
+    """The whole way, with labels that complete the lattice over its vacancies."""
+    image, atoms, vacant = sheet(5, 150.0, vacant=0.3)
+    sites = np.concatenate([atoms, vacant])
+
+    def complete(frame, _):
+        top, left = (int(n) for n in frame.name.partition("[")[2][:-1].split(","))
+        return Block(frame.image, frame.pixel_size_nm, sites - [left, top], np.ones(len(sites), dtype=bool))
+
+    settings = Adaptation(rounds=1, steps=60, batch=4, patch_px=64, exam_scenes=4)
+    card = adapt([Frame("", image, (PIXEL, PIXEL))], tmp_path, settings, teach=complete)
+    assert any("emptied sites" in reason for reason in card["rounds"][0]["refused"])
+    assert not card["accepted"]
+
+
 def test_blocks_cover_a_frame_once():
     frame = Frame("f", np.arange(400 * 170).reshape(400, 170), (PIXEL, PIXEL))
     pieces = blocks_of(frame)
