@@ -1,15 +1,15 @@
-"""What adaptation to a session's own frames gains where the shipped weights see badly: an unsteady scan with a slow
+"""What adaptation to a session's own frames gains where the shipped weights see badly: an unsteady scan, or a slow
 detector, as in no training scene.
 
-    python -m tests.benchmarks.adapt [--weights FILE] [--material mos2] [--counts 400] [--jitter-nm 0.03]
-        [--afterglow 0.5] [--frames 4]
+    python -m tests.benchmarks.adapt [--weights FILE] [--material mos2] [--counts 1000] [--jitter-nm 0.05]
+        [--afterglow 0] [--oracle] [--frames 4]
 
-Frames of 7.7 nm are drawn by the training scenes' simulator (other seeds, no nuisances), finely; every line is then
-displaced along itself by a random whole number of fine pixels (normal, ``--jitter-nm``; training knows up to 0.015 nm)
+Frames of 7.7 nm are drawn by the training scenes' simulator (other seeds, no nuisances), finely. Every line is then
+displaced along itself by a random whole number of fine pixels (normal, ``--jitter-nm``; training knows up to 0.015 nm),
 pixels are summed to 0.03 nm, and the share ``--afterglow`` of the electrons is counted later by a time of 8 pixels on
-average: all of which keeps counts Poisson. The ensemble is adapted to ``--frames`` of them without
-their truth, and judged with the truth on as many others, which adaptation never saw. Also printed: the same with the
-true labels in place of its own, which no session has: the most that this training could gain.
+average: counts stay Poisson. The ensemble is adapted to ``--frames`` of them without their truth, and judged with the
+truth on as many others, which adaptation never saw. ``--oracle``: the same with the true labels in place of its own,
+which no session has: the most that this training could gain.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--material", default="mos2")
-    parser.add_argument("--counts", type=float, default=400.0)
-    parser.add_argument("--jitter-nm", type=float, default=0.03)
-    parser.add_argument("--afterglow", type=float, default=0.5)
+    parser.add_argument("--counts", type=float, default=1000.0)
+    parser.add_argument("--jitter-nm", type=float, default=0.05)
+    parser.add_argument("--afterglow", type=float, default=0.0)
     parser.add_argument("--frames", type=int, default=4)
     parser.add_argument("--steps", type=int, default=Adaptation().steps)
     parser.add_argument("--rounds", type=int, default=Adaptation().rounds)
