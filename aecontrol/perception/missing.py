@@ -202,6 +202,11 @@ class AmplitudeFit:
         known = np.maximum(known, 1e-9 * float(known.max()) + 1e-300)
         return force / known, np.asarray(known.mean(1) ** -0.5)
 
+    def place(self, xy: Floats) -> None:
+        """Put the columns at other places [n, 2], all else as it is."""
+        self.xy = xy
+        self.spots = draw_spots(xy, self.shape, self.pixel, self.blur, self.tail, _REACH * self.blur)
+
     def as_counts(self) -> tuple[Floats, Floats]:
         """Image and background in units in which the variance equals the mean, as for counts."""
         shift = self.base / self.gain**2
