@@ -148,7 +148,8 @@ def explain(image: Floats, spots: Spots) -> Explained:
     # centred and scaled: single precision must hold an image on a large offset
     base, unit = float(expected.mean()), float(image.std()) or 1.0
     level, seen = (torch.as_tensor(((a - base) / unit).astype(np.float32)) for a in (expected, image))
-    v0, gain, least = variance(level, seen - level)
+    alike = torch.as_tensor(spots.image((np.arange(len(free)) < spots.number).astype(float)).astype(np.float32))
+    v0, gain, least = variance(level, seen - level, alike)
     spread = unit**2 * np.maximum(v0 + gain * level.numpy().astype(np.float64), max(least, 1e-6))
     whole = bool((image >= 0).all() and (image == np.round(image)).all())
     counts = whole and LIKE_COUNTS[0] < spread.mean() / max(base, 1e-12) < LIKE_COUNTS[1]

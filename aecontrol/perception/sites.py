@@ -85,7 +85,7 @@ class Missing:
 class Sites:
     """``label`` [n] and ``grain`` [n] (-1: none) of every found atom, the missing ones, and the crystal's summary.
 
-    ``note`` says why there is no lattice, or why nothing depleted is told; ``unit`` is that of lengths, "nm" or "px"."""
+    ``note`` says why there is no lattice, or why nothing depleted is told; ``unit`` is that of lengths."""
 
     label: NDArray[np.str_]
     grain: Ints
