@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -300,7 +301,7 @@ def train_atoms_command(
     """Train the atom finder on simulated scenes."""
     from aecontrol.perception.learn_atoms import train_from_toml
 
-    _train(train_from_toml, config, out, device, json_out)
+    _train(partial(train_from_toml, config), out, device, json_out)
 
 
 @train_app.command("regions")
@@ -313,10 +314,30 @@ def train_regions_command(
     """Train the finder of particles, grain boundaries and domain walls on simulated scenes."""
     from aecontrol.perception.learn_regions import train_from_toml
 
-    _train(train_from_toml, config, out, device, json_out)
+    _train(partial(train_from_toml, config), out, device, json_out)
 
 
-def _train(train: Callable[..., dict[str, Any]], config: Path, out: Path, device: str, json_out: bool) -> None:
+@train_app.command("adapt")
+def train_adapt_command(
+    sources: Annotated[list[Path], typer.Argument(metavar="SESSION_OR_IMAGE...", help="session folders, image files")],
+    out: Annotated[Path, typer.Option(help="new folder for the card, and for the weights if they pass")],
+    pixel_size_nm: Annotated[float | None, typer.Option(help="side of the images' pixels, nm")] = None,
+    channel: Annotated[str | None, typer.Option(help="which channel of a session, or image of a file")] = None,
+    weights: Annotated[Path | None, typer.Option(help="another network than the shipped one to adapt")] = None,
+    device: Device = "auto",
+    json_out: Json = False,
+) -> None:
+    """Let the atom finder learn from a session's own frames; refused unless it then sees better there, and no worse
+    elsewhere."""
+    from aecontrol.adapt import Request, adapt
+    from aecontrol.registry import validate
+
+    asked = {"sources": sources, "pixel_size_nm": pixel_size_nm, "channel": channel, "weights": weights}
+    request = validate(Request, asked, "adapt")
+    _train(partial(adapt, request), out, device, json_out)
+
+
+def _train(train: Callable[..., dict[str, Any]], out: Path, device: str, json_out: bool) -> None:
     """Train with a progress bar on stderr and print the card, or its metrics."""
     from rich.console import Console
     from rich.progress import Progress
@@ -327,7 +348,7 @@ def _train(train: Callable[..., dict[str, Any]], config: Path, out: Path, device
         def show(step: int, steps: int, loss: float) -> None:
             bar.update(task, completed=step, total=steps, description=f"training, loss {loss:.4f}")
 
-        card = train(config, out, _torch_device(device), show)
+        card = train(out, _torch_device(device), show)
     print(json.dumps(card) if json_out else f"{out}: {json.dumps(card.get('metrics', card), indent=1)}")
 
 

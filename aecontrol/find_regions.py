@@ -75,7 +75,7 @@ def _result(found: Regions, image: Pixels, bad: NDArray[np.bool_], scale: Scale)
 
 def _masks(found: Regions, scale: Scale) -> bytes:
     stream = io.BytesIO()
-    labels = {kind: found.labels(kind) for kind in found.maps}
+    labels: dict[str, Any] = {kind: found.labels(kind) for kind in found.maps}
     np.savez_compressed(stream, pixel_size_nm=np.float64(scale.pixel_nm), **labels)
     return stream.getvalue()
 

@@ -1,8 +1,8 @@
 """Ensembles that go on learning on a session's own frames, round by round, and are refused when they learnt wrongly.
 
 After A. Ghosh et al., npj Comput. Mater. 7, 100 (2021), doi:10.1038/s41524-021-00569-7, with two differences: each
-network is taught by the others and by the joint fit of the counts, never by itself; and what is learnt is examined
-(:mod:`.guards`) before anybody may use it.
+network is taught by the others and by the joint fit of the counts (:mod:`.own_frames`), never by itself; and what is
+learnt is examined (:mod:`.guards`) before anybody may use it.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from zlib import crc32
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from aecontrol.durable import write_durable
@@ -27,19 +25,15 @@ from aecontrol.errors import BadInput
 from aecontrol.registry import build_part
 from aecontrol.types import Count, Model, Positive, PositiveInt
 
-from . import refine
-from .finder import GATHER_NM, AtomFinder
-from .guards import Exam, Explained, HeldOut, Spots, explain, refusals
-from .learn_atoms import AtomLessons, Scene, Scenes, Source
+from .finder import AtomFinder
+from .guards import Exam, HeldOut, refusals
+from .learn_atoms import AtomLessons, Scenes, Source
+from .own_frames import BLOCK_NM, Block, Frame, OwnScenes, blocks_of, label
 from .train import Progress, Training, fit
 
 if TYPE_CHECKING:
     from torch import nn
 
-Floats = NDArray[np.float64]
-
-BLOCK_NM = 5.0
-"""Largest sides of the blocks that frames are cut into."""
 HELD_OUT = 4
 """Every so many-th block is held out."""
 FEWEST = 5
@@ -48,21 +42,6 @@ ANCHOR = {"crystals": 3.0, "single_atoms": 1.0}
 """Simulated scenes and their shares of the half of all patches that is simulated."""
 EXAM_SEED = crc32(b"examination")
 """Stream of the simulated scenes of the examination; training draws from others."""
-CANDIDATE = 0.15
-"""Confidence from which on a place is looked at."""
-AGREED, DISPUTED = 0.5, 0.1
-"""Least confidence of the teachers and largest mutual information (nat) between them for an atom."""
-SIGNIFICANT = 5.0
-"""Least intensity over its standard error of a confirmed atom."""
-STRONG, LIKE_OTHERS = 10.0, (0.3, 3.0)
-"""The same for a place of which the teachers are not sure, and its intensity over the median of those agreed upon."""
-LOUD = 2.5
-"""Standard errors from which on the residual leaves open whether an atom was missed."""
-USUAL_BLUR_NM = 0.06
-ABSENT = 0.1
-"""Share of the median intensity that the fit must exclude (3 standard errors) to refute an unsure place."""
-ODD = 6.0
-"""Spreads above the median from which on the misfit of an atom's window is odd."""
 
 
 class Adaptation(Model):
@@ -70,133 +49,11 @@ class Adaptation(Model):
 
     seed: Count = Field(0, description="of crops, of the frames that each network sees, and of the examination")
     rounds: PositiveInt = Field(2, description="times that frames are labelled anew and learnt")
-    steps: PositiveInt = Field(150, description="optimiser steps a network and round")
+    steps: PositiveInt = Field(100, description="optimiser steps a network and round")
     batch: PositiveInt = Field(8, description="patches a step, half of them simulated")
     patch_px: PositiveInt = Field(96, multiple_of=8, description="side of a patch")
     learning_rate: Positive = Field(1e-3, description="highest learning rate")
     exam_scenes: PositiveInt = Field(40, description="simulated scenes of the examination")
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One image [rows, cols] of the session, pixels (x, y) nm."""
-
-    name: str
-    image: NDArray[np.generic]
-    pixel_size_nm: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Block:
-    """A piece of a frame with what is held to be there; see ``learn_atoms.Scene``: no atom but those listed, those not
-    ``wanted`` doubtful."""
-
-    image: NDArray[np.float32]
-    pixel_size_nm: tuple[float, float]
-    positions_px: Floats
-    wanted: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class OwnScenes:
-    """Blocks of the session as a source of training patches, drawn with equal chance."""
-
-    blocks: Sequence[Block]
-
-    def render(self, seed: int, index: int) -> Scene:
-        """Block ``index`` of stream ``seed``, turned or mirrored."""
-        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(crc32(b"own"), index)))
-        return self.blocks[rng.integers(len(self.blocks))]
-
-    def held_out(self) -> Mapping[str, Scenes]:
-        """None: what is held out is examined otherwise."""
-        return {}
-
-    def model_dump(self, *, mode: str) -> dict[str, Any]:
-        """What the blocks hold, as a digest."""
-        digest = hashlib.sha256()
-        for block in self.blocks:
-            for array in (block.image, block.positions_px, block.wanted):
-                digest.update(np.ascontiguousarray(array).tobytes())
-        return {"kind": "own frames", "blocks": len(self.blocks), "sha256": digest.hexdigest()}
-
-
-def label(frame: Frame, teachers: AtomFinder) -> Block:
-    """What ``teachers`` and the joint fit together hold to be in an image.
-
-    Wanted are atoms on which the teachers agree and that the fit confirms (significant, and its window is explained as
-    well as others), or that the fit shows beyond doubt where the teachers are unsure. Nothing is where no teacher sees
-    and no residual shows anything, or where the fit excludes an atom of which they are unsure. The rest is doubtful.
-    """
-    image, pixel_size_nm = np.asarray(frame.image, dtype=np.float32), frame.pixel_size_nm
-    found = teachers.find(image, pixel_size_nm, CANDIDATE, refined=False)
-    if not len(found):
-        return Block(image, pixel_size_nm, np.zeros((0, 2)), np.zeros(0, dtype=bool))
-    fitted = refine.refine(image, found.x_px, found.y_px, pixel_size_nm)
-    told = np.pad(found.confidence, (0, fitted.added))  # places that only the residual shows: confidence 0
-    agreed = (told >= AGREED) & (np.pad(found.disagreement, (0, fitted.added)) <= DISPUTED)
-    blur = fitted.blur_nm or USUAL_BLUR_NM
-    spots = Spots(fitted.x, fitted.y, blur, image.shape, pixel_size_nm)
-    seen = explain(image.astype(np.float64), spots)
-    sane = ~_odd(image, seen, fitted, pixel_size_nm)
-    confirmed = (fitted.significance >= SIGNIFICANT) & sane
-    sure = agreed & confirmed
-    usual = float(np.median(fitted.intensity[sure])) if sure.any() else np.inf
-    likely = (fitted.intensity > LIKE_OTHERS[0] * usual) & (fitted.intensity < LIKE_OTHERS[1] * usual)
-    sure |= (told > 0) & likely & sane & (fitted.significance >= STRONG)
-    absent = ~agreed & (fitted.intensity + 3 * fitted.sigma_intensity < ABSENT * usual) & np.isfinite(usual)
-    at = np.stack([fitted.x, fitted.y], 1)
-    loud = _loud(image, seen, at, [blur / p for p in pixel_size_nm])
-    at = np.concatenate([at[~absent], loud])
-    return Block(image, pixel_size_nm, at, np.pad(sure[~absent], (0, len(loud))))
-
-
-def _odd(
-    image: NDArray[np.float32], seen: Explained, fitted: refine.Fit, pixel_nm: tuple[float, float]
-) -> NDArray[np.bool_]:
-    """Columns whose windows are explained worse than most: their mean squared residual over the variance."""
-    from scipy.ndimage import convolve
-
-    reach = [int(np.ceil(GATHER_NM / p)) for p in pixel_nm[::-1]]
-    dy, dx = np.mgrid[-reach[0] : reach[0] + 1, -reach[1] : reach[1] + 1]
-    disc = (np.hypot(dy * pixel_nm[1], dx * pixel_nm[0]) <= GATHER_NM).astype(np.float64)
-    misfit = convolve((image - seen.expected) ** 2 / seen.variance, disc / disc.sum(), mode="nearest")
-    rows, cols = (np.clip(a.astype(int), 0, n - 1) for a, n in zip((fitted.y, fitted.x), image.shape, strict=True))
-    each = misfit[rows, cols]
-    middle = np.median(each)
-    return np.asarray(each > middle + ODD * 1.4826 * np.median(abs(each - middle)))
-
-
-def _loud(image: NDArray[np.float32], seen: Explained, at: Floats, blur_px: Sequence[float]) -> Floats:
-    """Places [k, 2] (x, y) px, not near those ``at``, where the residual would let a spot be fitted that is ``LOUD``
-    standard errors bright (matched filter)."""
-    from scipy.ndimage import gaussian_filter, maximum_filter
-    from scipy.spatial import cKDTree
-
-    width = np.array(blur_px[::-1])
-    force = gaussian_filter((image - seen.expected) / seen.variance, width)
-    known = gaussian_filter(1 / seen.variance, width / np.sqrt(2)) / (4 * np.pi * width.prod())
-    score = force / np.sqrt(known)
-    score /= max(1.0, 1.4826 * float(np.median(abs(score))))
-    rows, cols = np.nonzero((score > LOUD) & (score == maximum_filter(score, size=3)))
-    places = np.stack([cols + 0.5, rows + 0.5], 1)
-    return np.asarray(places[cKDTree(at / blur_px).query(places / blur_px)[0] > 1])
-
-
-def blocks_of(frame: Frame) -> list[Frame]:
-    """Equal pieces of at most ``BLOCK_NM``; named after the frame and the piece's first row and column."""
-    parts = [
-        max(1, int(np.ceil(n * p / BLOCK_NM)))
-        for n, p in zip(frame.image.shape, frame.pixel_size_nm[::-1], strict=True)
-    ]
-    edges = [
-        [round(n * k / count) for k in range(count + 1)] for n, count in zip(frame.image.shape, parts, strict=True)
-    ]
-    return [
-        Frame(f"{frame.name}[{top}, {left}]", frame.image[top:bottom, left:right], frame.pixel_size_nm)
-        for top, bottom in zip(edges[0], edges[0][1:], strict=False)
-        for left, right in zip(edges[1], edges[1][1:], strict=False)
-    ]
 
 
 def adapt(

@@ -127,7 +127,8 @@ class AtomFinder:
         # a crystal may bear out what the network alone would not
         peaks = decode(heats, pixel_yx, 0.5 * threshold)
         starts = _starts(peaks, resampled, pixel_size_nm, threshold)
-        fit = refine.refine(np.asarray(image), *(starts.xy / pixel_size_nm).T, pixel_size_nm, self._device)
+        x, y = (starts.xy / pixel_size_nm).T
+        fit = refine.refine(np.asarray(image), x, y, pixel_size_nm, self._device)
         return _refined(peaks, starts, fit, np.shape(image), pixel_size_nm)
 
     def _heats(self, resampled: sampling.Resampled, progress: Progress | None) -> NDArray[np.float32]:

@@ -21,6 +21,8 @@ NARROW = 3.0
 """Half width of the windows for the curvature, blurs; columns whose windows overlap are known to each other."""
 MAX_STEP = 0.4
 """Blurs: a larger step leaves the region in which the linearised model is true."""
+BRIGHTEST = 3.0
+"""No column's peak exceeds this times the range of the image."""
 MISSED = 5.0
 """Standard errors by which a missed column must show in the residual."""
 FAINTEST = 0.05
@@ -44,6 +46,7 @@ class Patch:
         self.grid = Grid.around(image, pixel_nm, margin, self.bins)
         self.coarse = self.grid.binned(self.bins)
         self.image, self.inside = self._pad(image), self._pad(torch.ones_like(image))
+        self.range = float(image.max() - image.min())
 
     def _pad(self, image: torch.Tensor) -> torch.Tensor:
         m, (height, width) = self.grid.margin, self.grid.shape
@@ -69,18 +72,16 @@ class Patch:
         spots = columns.core()
         if spot.wings:
             # they are smooth: convolved on the coarse grid and interpolated
-            share = torch.tensor(spot.wings).to(spots)
-            wings = (self.coarse.wings(spot.blur_nm, spots) * share[:, None, None]).sum(0)
-            image = torch.fft.irfft2(torch.fft.rfft2(self.sums(spots) / self.bins**2) * wings, s=self.coarse.shape)
+            wings = self.coarse.with_wings(self.sums(spots) / self.bins**2, spot)[None, None]
             if self.bins > 1:
-                size = self.grid.shape
-                image = torch.nn.functional.interpolate(image[None, None], size, mode="bicubic", antialias=True)[0, 0]
-            spots = (1 - spot.tail) * spots + image
+                wings = torch.nn.functional.interpolate(wings, self.grid.shape, mode="bicubic", antialias=True)
+            spots = (1 - spot.tail) * spots + wings[0, 0]
         return columns, spots + self.grid.background(state.knots)
 
-    def weight(self, model: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def weight(self, columns: Columns, model: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Inverse variance of every pixel, 0 in the margin, and the gain."""
-        v0, gain, least = variance(self.crop(model), self.crop(residual))
+        alike = columns.splat(columns.gy[:, :1], columns.gx[:, :1])
+        v0, gain, least = variance(self.crop(model), self.crop(residual), self.crop(alike))
         return self.inside / (v0 + gain * model).clamp(min=least), gain
 
     def residual(self, model: torch.Tensor) -> torch.Tensor:
@@ -102,7 +103,7 @@ class Patch:
         """
         columns, model = self.model(state, spot)
         residual = self.residual(model)
-        weight = self.weight(model, residual)[0] if weight is None else weight
+        weight = self.weight(columns, model, residual)[0] if weight is None else weight
         b = self.bins
         coarse = Columns(self.coarse, replace(state, x=state.x / b, y=state.y / b), spot, NARROW)
         images = coarse.shape_images(wings=shapes > 3) if shapes else None
@@ -111,14 +112,25 @@ class Patch:
         force = weight * residual
         common = self.grid.knots_of(force)
         if images is not None:
-            common = torch.cat([common, (images.flatten(1) @ self.sums(force).flatten()) / b**2])
+            prior = (
+                common.new_tensor(spot.values(len(images))) / common.new_tensor(normal.SHAPE_PRIOR[: len(images)]) ** 2
+            )
+            prior[0] = 0  # of the blur only the step is damped
+            common = torch.cat([common, (images.flatten(1) @ self.sums(force).flatten()) / b**2 - prior])
         moments = columns.moments(force) * force.new_tensor([1.0, b, b])
         move, shared = system.solve(moments, common)
         limit = move.new_tensor([columns.sx, columns.sy]) * MAX_STEP
         shift = torch.minimum(torch.maximum(b * move[:, 1:], -limit), limit)
         k = state.knots.numel()
         knots = state.knots + shared[:k].view_as(state.knots)
-        state = State(state.a + move[:, 0], state.x + shift[:, 0], state.y + shift[:, 1], knots)
+        # off the rim, place and intensity of a column trade freely
+        most = BRIGHTEST * self.range * 2 * math.pi * columns.sx * columns.sy
+        state = State(
+            (state.a + move[:, 0]).clamp(-most, most),
+            (state.x + shift[:, 0]).clamp(-columns.sx, self.cols + columns.sx),
+            (state.y + shift[:, 1]).clamp(-columns.sy, self.rows + columns.sy),
+            knots,
+        )
         return state, spot.moved(shared[k:].double().cpu().numpy()), system
 
     def missed(self, state: State, spot: Spot) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,15 +140,24 @@ class Patch:
         model itself is poor the significance is measured in its own spread.
         """
         columns, model = self.model(state, spot)
-        weight, gain = self.weight(model, self.residual(model))
+        residual = self.residual(model)
+        weight, gain = self.weight(columns, model, residual)
         b, grid, blur = self.bins, self.coarse, spot.blur_nm
-        known = grid.smooth(self.sums(weight), blur / math.sqrt(2)).clamp(min=0) / (
-            4 * math.pi * columns.sx * columns.sy
+        # what a spot's own profile weighs of information, of light, and of its own area inside the image
+        known, light, area = (
+            grid.smooth(self.sums(image), width)
+            for image, width in (
+                (weight, blur / math.sqrt(2)),
+                (weight * residual, blur),
+                (self.inside, blur / math.sqrt(2)),
+            )
         )
-        excess = grid.smooth(self.sums(weight * self.residual(model)), blur) / known.clamp(min=1e-30)
+        known = known.clamp(min=1e-30) / (4 * math.pi * columns.sx * columns.sy)
+        excess = light / known
         # fits that use less than a fifth of a spot are guesses about what lies beyond the rim
-        score = torch.where(known > 0.2 * known.max(), _significance(excess, known, gain), 0.0)
-        spread = 1.4826 * float(score[known > 0.2 * known.max()].abs().median())
+        whole = area > 0.2 * b**2
+        score = torch.where(whole, _significance(excess, known, gain), 0.0)
+        spread = 1.4826 * float(score[whole].abs().median())
         y, x = (2 * max(1, round(APART_NM / p)) + 1 for p in grid.pixel_nm[::-1])
         top = torch.nn.functional.max_pool2d(score[None, None], (y, x), 1, (y // 2, x // 2))[0, 0]
         enough = excess > FAINTEST * state.a.median()
@@ -150,8 +171,8 @@ class Patch:
 
 
 def _significance(excess: torch.Tensor, known: torch.Tensor, gain: float) -> torch.Tensor:
-    """Standard deviations of ``excess`` intensity with information ``known``: the signed root of the likelihood ratio of
-    Poisson counts, for few of them rise by chance further than a Gaussian does."""
+    """Standard deviations of ``excess`` intensity with information ``known``: the signed root of the likelihood ratio
+    of Poisson counts, for few of them rise by chance further than a Gaussian does."""
     normal = excess * known.sqrt()
     if gain <= 0:
         return normal
@@ -160,24 +181,29 @@ def _significance(excess: torch.Tensor, known: torch.Tensor, gain: float) -> tor
     return torch.where(excess > 0, torch.minimum(ratio.clamp(min=0).sqrt(), normal), normal)
 
 
-def variance(model: torch.Tensor, residual: torch.Tensor) -> tuple[float, float, float]:
-    """Variance of every pixel as (v0, g, least): max(v0 + g model, least), v0 + g model >= 0.
+def variance(model: torch.Tensor, residual: torch.Tensor, alike: torch.Tensor) -> tuple[float, float, float]:
+    """Variance of every pixel as (v0, g, least): max(v0 + g model, least), v0 + g model >= 0 where it is darkest.
 
-    Fitted to the mean squared residual in classes of the model, each weighed with the fit's own error there.
+    Fitted to the mean squared residual in classes of pixels, each weighed with the fit's own error there. The classes
+    are made by ``alike``, the image of the columns if all had the same intensity: a class of the brightest pixels of
+    the model itself would be one of fits that noise made too bright, and hide the gain.
     """
     from scipy.optimize import nnls
 
     stride = max(1, model.numel() // SAMPLE) | 1
-    level, square = model.reshape(-1)[::stride], residual.reshape(-1)[::stride] ** 2
-    base, span = float(level.min()), float(level.max() - level.min()) + 1e-30
-    share = ((level - base) / span).clamp(0, 1)
-    # classes wide enough that errors of the model itself do not sort dark pixels
-    group = (share * (CLASSES - 1)).round().long()
-    count, shares, squares = (
-        torch.bincount(group, w, minlength=CLASSES).double().cpu().numpy() for w in (None, share, square)
+    level, seen, order = (image.reshape(-1)[::stride] for image in (model, model + residual, alike))
+    # a column on the rim may stray: what no pixel has ever shown says nothing of the noise
+    slack = 0.05 * (seen.max() - seen.min())
+    sane = (level >= seen.min() - slack) & (level <= seen.max() + slack)
+    level, seen, order = level[sane], seen[sane], order[sane]
+    group = (order / (order.max() + 1e-30) * (CLASSES - 1)).clamp(min=0).round().long()
+    count, levels, squares = (
+        torch.bincount(group, w, minlength=CLASSES).double().cpu().numpy() for w in (None, level, (seen - level) ** 2)
     )
     full = count > 0
-    shares, squares, count = shares[full] / count[full], squares[full] / count[full], count[full]
+    levels, squares, count = levels[full] / count[full], squares[full] / count[full], count[full]
+    base, span = levels.min(), np.ptp(levels) + 1e-30
+    shares = (levels - base) / span
     # the solver's tolerance is absolute: keep its numbers near 1
     unit = float(squares.max()) + 1e-300
     basis, fitted = np.stack([np.ones_like(shares), shares], 1), np.ones_like(shares)
@@ -185,6 +211,6 @@ def variance(model: torch.Tensor, residual: torch.Tensor) -> tuple[float, float,
         weight = np.sqrt(count / count.sum()) / np.maximum(fitted, 1e-3 * fitted.max() + 1e-12)
         v0, slope = nnls(basis * weight[:, None], squares / unit * weight)[0]
         fitted = v0 + slope * shares
-    gain = unit * float(slope) / span
+    gain = float(unit * slope / span)
     # where the model itself is wrong, its squared error poses as gain: never let dark pixels rule the fit altogether
-    return unit * float(v0) - gain * base, gain, LEAST * unit * float(v0 + slope) + 1e-30
+    return float(unit * v0 - gain * base), gain, float(LEAST * unit * (v0 + slope)) + 1e-30

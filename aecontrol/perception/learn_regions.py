@@ -22,7 +22,7 @@ from aecontrol.registry import build_part, validate
 from aecontrol.types import PositiveInt
 
 from .learn_atoms import HELD_OUT
-from .regions import RegionFinder, outline
+from .regions import RegionFinder
 from .train import Batch, Progress, Training, fit, forget_checkpoints
 from .views import CLASSES, PIXEL_NM, View, grid, of_columns, view
 
@@ -225,8 +225,8 @@ def evaluate(finder: RegionFinder, scenes: Scenes, seed: int, count: int) -> dic
             seen, truth = lesson(scene)
             for channel, kind in enumerate(CLASSES):
                 if kind in scene.regions:
-                    heat = finder.probability(kind, seen.image)
-                    found, there = outline(heat, seen.pixel_yx_nm, kind, (1.0, 1.0))[0].labels > 0, truth[channel] > 0
+                    found = finder.outlined(kind, [seen], (1.0, 1.0))[0].labels > 0
+                    there = truth[channel] > 0
                     counts[kind] += [(found & there).sum(), found.sum(), there.sum()]
         table[name] = {kind: _rates(*values) for kind, values in counts.items() if values.any()}
     return table

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from aecontrol.errors import BadInput
 
-from .spot import BLUR_RANGE_NM
+from .refine import BLUR_RANGE_NM
 
 COARSEST_NM = 0.035
 """On coarser pixels one pixel may be most of an atom, and none is judged."""

@@ -30,6 +30,8 @@ class Network(Protocol):
 
     multiple: int
     reach_px: int
+    half_precision: bool
+    """Whether it can be trained in bfloat16."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits [n, outputs, h, w] of images [n, 1, h, w]."""
@@ -53,12 +55,22 @@ class _Block(nn.Module):
             self.norm = nn.Identity()
 
 
+class _FixedNorm(nn.BatchNorm2d):
+    """Normalisation that keeps the statistics it has: a few hundred patches of one session must not replace them."""
+
+    def train(self, mode: bool = True) -> _FixedNorm:
+        """Stay as in inference."""
+        super().train(False)
+        return self
+
+
 class UNet(nn.Module):
     """Three levels with additive skips (after O. Ronneberger et al., MICCAI 2015, doi:10.1007/978-3-319-24574-4_28);
     ``size``: channels at full resolution."""
 
     multiple = 4
     reach_px = 52
+    half_precision = True
 
     def __init__(self, size: int = 16, outputs: int = 1) -> None:
         super().__init__()
@@ -91,6 +103,7 @@ class MSDNet(nn.Module):
     ``size``: number of layers; their dilations run through 1 to 10."""
 
     multiple = 1
+    half_precision = False  # gradients of dilated convolutions to one channel come out NaN on CPUs (torch 2.13)
 
     def __init__(self, size: int = 30, outputs: int = 1) -> None:
         super().__init__()
@@ -144,6 +157,16 @@ def for_inference(net: nn.Module) -> nn.Module:
     return net.requires_grad_(False)
 
 
+def for_adaptation(net: nn.Module) -> nn.Module:
+    """Itself, to be trained further with all normalisations fixed."""
+    for module in net.modules():
+        if isinstance(module, _Block):
+            fixed = _FixedNorm(module.conv.out_channels).eval()
+            fixed.load_state_dict(module.norm.state_dict())
+            module.norm = fixed
+    return net
+
+
 def save(members: Sequence[nn.Module], kind: NetworkKind, size: int, outputs: Sequence[str]) -> bytes:
     """An ensemble of like networks as safetensors; ``outputs`` names the channels."""
     from safetensors.torch import save as save_tensors
@@ -154,7 +177,7 @@ def save(members: Sequence[nn.Module], kind: NetworkKind, size: int, outputs: Se
 
 
 def load(data: bytes, device: str = "cpu", trainable: bool = False) -> tuple[list[nn.Module], tuple[str, ...]]:
-    """The ensemble that ``save`` wrote, ready for inference on ``device`` (``trainable``: to be trained further), and
+    """The ensemble that ``save`` wrote, ready for inference on ``device`` (``trainable``: for adaptation), and
     the names of its outputs.
 
     Raises KeyError, ValueError, RuntimeError or SafetensorError on foreign or damaged bytes."""
@@ -167,12 +190,12 @@ def load(data: bytes, device: str = "cpu", trainable: bool = False) -> tuple[lis
         net = create(settings["network"], settings["size"], len(settings["outputs"]))
         prefix = f"{m}."
         net.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        members.append(place(net if trainable else for_inference(net), device))
+        members.append(place(for_adaptation(net) if trainable else for_inference(net), device))
     return members, tuple(settings["outputs"])
 
 
 def settings_of(data: bytes) -> dict[str, Any]:
-    """What ``save`` noted in the header: network, size, outputs, members (safetensors: 8 bytes of length, then JSON)."""
+    """What ``save`` noted: network, size, outputs, members (safetensors: 8 bytes of length, then JSON)."""
     length = int.from_bytes(data[:8], "little")
     settings: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["aecontrol"])
     return settings

@@ -24,8 +24,8 @@ NEAR = 6.0
 DAMP_NM = 0.1
 """A position's step is damped as if it were known to this before: dim columns must not fly."""
 DAMP_SHARE = 0.001
-"""An intensity's step is damped by this share of what is known of a column's on average: columns off the rim too."""
-SHAPE_PRIOR = (1.0, 0.1, 0.1, 0.2, 0.2, 0.2, 0.1, 0.1, 0.02, 0.02, 0.02)
+"""An intensity's step is damped by this share of what is known of the median column's: columns off the rim too."""
+SHAPE_PRIOR = (1.0, 0.1, 0.1, 0.07, 0.07, 0.005, 0.1, 0.1, 0.02, 0.02, 0.02, 0.02, 0.02)
 """Loose prior knowledge of the spot, for windows with few atoms: log blur, stretch, shear, the wings."""
 
 
@@ -123,7 +123,7 @@ def assemble(columns: Columns, pairs: torch.Tensor, weight: torch.Tensor, images
     pairs = pairs[overlap]
     alone = torch.arange(n, device=pairs.device)
     own = _blocks(columns, windows, alone, alone)
-    known = own[:, 0, 0].mean()
+    known = own[:, 0, 0].median()
     pixel = columns.grid.pixel_nm
     damp = own.new_tensor([0.0, (pixel[0] / DAMP_NM) ** 2, (pixel[1] / DAMP_NM) ** 2])
     damp[0] = DAMP_SHARE * known + 1e-9

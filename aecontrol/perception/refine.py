@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ TILE_NM, HALO_NM = 6.5, 0.45
 PILOT_NM = 2.0
 """Sides of the square on which the first blur is chosen."""
 FIRST_BLURS_NM = (0.04, 0.06, 0.09)
-STEPS, MORE_STEPS = 4, 3
+STEPS, MORE_STEPS = 4, 4
 """Of the fit, and again with the columns that it showed to be missing or with the spot's tails."""
 FEW = 4.0
 """Relative excess of the variance over the inverse Fisher information times the squared significance: measured, from
@@ -86,9 +87,7 @@ class _Tile:
         return inside | self.core(x, y)
 
 
-def refine(
-    image: NDArray[np.generic], x: Floats, y: Floats, pixel_size_nm: tuple[float, float], device: str = "cpu"
-) -> Fit:
+def refine(image: NDArray[Any], x: Floats, y: Floats, pixel_size_nm: tuple[float, float], device: str = "cpu") -> Fit:
     """Fit columns that start at ``x``, ``y`` (pixels, centre of pixel [0, 0] at (0.5, 0.5)) to ``image`` [rows, cols].
 
     Positions reach the joint Cramer-Rao bound for counts (:mod:`.bound`). A column that the fit drives further than
@@ -125,10 +124,7 @@ def _tiles(shape: tuple[int, ...], pixel_nm: tuple[float, float]) -> list[_Tile]
         number = max(1, math.ceil(length * pixel / TILE_NM))
         edges = [round(length * k / number) for k in range(number + 1)]
         halo = math.ceil(HALO_NM / pixel)
-        spans = [
-            ((max(0, a - halo), min(length, b + halo)), (float(a), float(b)))
-            for a, b in zip(edges, edges[1:], strict=False)
-        ]
+        spans = [((max(0, a - halo), min(length, b + halo)), (float(a), float(b))) for a, b in pairwise(edges)]
         spans[0] = (spans[0][0], (-math.inf, spans[0][1][1]))
         spans[-1] = (spans[-1][0], (spans[-1][1][0], math.inf))
         axes.append(spans)
@@ -215,7 +211,9 @@ def _first_blur(data: torch.Tensor, x: Floats, y: Floats, pixel_nm: tuple[float,
     from .spot import Spot
 
     number = [max(1, round(n * p / PILOT_NM)) for n, p in zip(data.shape, pixel_nm[::-1], strict=True)]
-    cells = np.stack([np.clip(a * k / n, 0, k - 1).astype(int) for a, k, n in zip((y, x), number, data.shape, strict=True)], 1)
+    cells = np.stack(
+        [np.clip(a * k / n, 0, k - 1).astype(int) for a, k, n in zip((y, x), number, data.shape, strict=True)], 1
+    )
     which, counts = np.unique(cells, axis=0, return_counts=True)
     best = which[np.argmax(counts)]
     (row, bottom), (col, right) = (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from aecontrol.errors import BadInput
 
-from . import views
+from . import order, views
 from .polar import Columns
 
 if TYPE_CHECKING:
@@ -176,10 +176,18 @@ class RegionFinder:
             elif not reasons[kind]:
                 seen = [views.view(data, pixel_size_nm, scale)]
             if not reasons[kind]:
-                heat = np.max([self.probability(kind, one.image) for one in seen], axis=0)
-                maps[kind], found = outline(heat, seen[0].pixel_yx_nm, kind, pixel_size_nm)
+                maps[kind], found = self.outlined(kind, seen, pixel_size_nm)
                 regions += found
         return Regions(data.shape, pixel_size_nm, maps, tuple(regions), {k: why for k, why in reasons.items() if why})
+
+    def outlined(
+        self, kind: str, seen: Sequence[views.View], pixel_size_nm: tuple[float, float]
+    ) -> tuple[ClassMap, list[Region]]:
+        """The regions of a class in the views that show it, of an image with pixels ``pixel_size_nm``."""
+        heat = np.max([self.probability(kind, one.image) for one in seen], axis=0)
+        pixel = seen[0].pixel_yx_nm
+        told = partial(order.between_lattices, seen[0].image, pixel) if views.CLASSES[kind] == "lattice" else None
+        return outline(heat, pixel, kind, pixel_size_nm, told)
 
     def probability(self, kind: str, image: Maps) -> Maps:
         """Mean probability [h, w] of a class, of the ensemble, in a view [h, w] of the kind that shows this class."""
@@ -217,9 +225,14 @@ def _views_of_columns(
 
 
 def outline(
-    probability: Maps, pixel_yx_nm: tuple[float, float], kind: str, image_pixel_nm: tuple[float, float]
+    probability: Maps,
+    pixel_yx_nm: tuple[float, float],
+    kind: str,
+    image_pixel_nm: tuple[float, float],
+    told: Callable[[NDArray[np.bool_], tuple[int, int]], bool] | None = None,
 ) -> tuple[ClassMap, list[Region]]:
-    """The regions of one class: connected where the smoothed probability is above OUTLINE, kept by RULES."""
+    """The regions of one class: connected where the smoothed probability is large, kept by RULES and, where given, by
+    what the image ``told`` of the region's mask, whose first pixel is at a place in the view."""
     from scipy.ndimage import find_objects, gaussian_filter, label
 
     rules = RULES[kind]
@@ -235,6 +248,8 @@ def outline(
         ends = [(s.start == 0, s.stop == n) for s, n in zip(box, pieces.shape, strict=True)]
         length = middle_line_nm(inside, ends, pixel_yx_nm) if rules.line else None
         if (area if length is None else length) < rules.least_size:
+            continue
+        if told and not told(inside, (box[0].start, box[1].start)):
             continue
         labels[box][inside] = len(regions) + 1
         rows, cols = np.nonzero(inside)

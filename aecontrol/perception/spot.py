@@ -8,11 +8,14 @@ products; the wings are the core convolved with wider functions, in Fourier spac
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.fft import next_fast_len
 
 from .refine import BLUR_RANGE_NM
 
@@ -25,9 +28,9 @@ WINDOW = 3.7
 WIDTHS = (1.5, 2.5, 4.5)
 """Of the Gaussians that share the intensity with the core, in blurs: together they follow the tails of an aberrated
 probe to 0.5 % of its peak."""
-WINGS = 8
-"""Parameters of the wings: the shares of these Gaussians, then the two quadrupoles of second order and the monopole and
-two octupoles of fourth order, all of the narrowest."""
+WINGS = 10
+"""Parameters of the wings: the shares of these Gaussians, then derivatives of the narrowest: of second order the
+two-fold ones, of fourth order the two-fold, round and four-fold ones."""
 RIM = 8.0
 """The spot is not judged this close to the rim of an image, blurs."""
 
@@ -60,17 +63,21 @@ class Spot:
         parts = [(share, 2 / (width**2 + 1)) for share, width in zip(self.wings, WIDTHS, strict=False)]
         return 1 - sum(t * (1 - k) for t, k in parts), 1 - sum(t * (1 - k**2) for t, k in parts)
 
+    def values(self, number: int) -> list[float]:
+        """The first ``number`` parameters; wings that the spot has not got are 0."""
+        values = [self.log_blur, self.stretch, self.shear, *self.wings]
+        return [*values, *[0.0] * (number - len(values))][:number]
+
     def moved(self, step: Floats) -> Spot:
         """The spot after a step in its first parameters, kept within what a column can look like."""
-        now = np.array(
-            [self.log_blur, self.stretch, self.shear, *self.wings, *np.zeros(max(0, len(step) - 3 - len(self.wings)))]
-        )
+        now = np.array(self.values(max(len(step), 3 + len(self.wings))))
         now[: len(step)] += np.clip(step, -0.2, 0.2)
         now[0] = np.clip(now[0], *np.log(BLUR_RANGE_NM))
         now[1:] = np.clip(now[1:], -0.4, 0.4)
         shares = slice(3, 3 + len(WIDTHS))
         now[shares] = np.maximum(now[shares], 0.0)
-        return Spot(*now[:3].tolist(), tuple(now[3:].tolist()))
+        log_blur, stretch, shear, *wings = now.tolist()
+        return Spot(log_blur, stretch, shear, tuple(wings))
 
 
 @dataclass(frozen=True)
@@ -106,12 +113,12 @@ class Grid:
         """Grid for ``image`` whose margins hold ``margin`` pixels or a little more, so that ``bins`` divides it."""
         margin = -(-margin // bins) * bins
         rows, cols = image.shape
-        shape = (rows + 2 * margin + -rows % bins, cols + 2 * margin + -cols % bins)
+        shape = tuple(bins * next_fast_len(-(-n // bins) + 2 * margin // bins, real=True) for n in (rows, cols))
         hats = [
             torch.nn.functional.pad(_hats(n, p, image), (margin, full - margin - n))
             for n, full, p in zip((rows, cols), shape, pixel_nm[::-1], strict=True)
         ]
-        return cls(shape, (rows, cols), margin, pixel_nm, hats[0], hats[1])
+        return cls((shape[0], shape[1]), (rows, cols), margin, pixel_nm, hats[0], hats[1])
 
     def binned(self, bins: int) -> Grid:
         """The grid of sums over ``bins`` x ``bins`` pixels."""
@@ -132,28 +139,43 @@ class Grid:
 
     def smooth(self, image: torch.Tensor, width_nm: float) -> torch.Tensor:
         """``image`` blurred with a Gaussian of standard deviation ``width_nm`` (round the rims: keep to the inside)."""
-        y, x = (torch.exp(-0.5 * (width_nm * q) ** 2) for q in self.frequencies(image))
-        return torch.fft.irfft2(torch.fft.rfft2(image) * (y * x), s=self.shape)
+        y, x = _frequencies(self.shape, self.pixel_nm, image.device)
+        bell = torch.exp(-0.5 * (width_nm * y) ** 2) * torch.exp(-0.5 * (width_nm * x) ** 2)
+        smoothed: torch.Tensor = torch.fft.irfft2(torch.fft.rfft2(image) * bell, s=self.shape)
+        return smoothed
 
-    def frequencies(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[rows, 1] and [1, cols/2 + 1] angular frequencies of ``rfft2``, rad/nm."""
-        y, x = (
-            2 * math.pi / p * f(n)
-            for n, p, f in zip(self.shape, self.pixel_nm[::-1], (torch.fft.fftfreq, torch.fft.rfftfreq), strict=True)
-        )
-        return y[:, None].to(like), x[None].to(like)
+    def wings(self, image: torch.Tensor, blur_nm: float) -> Iterator[torch.Tensor]:
+        """``image`` convolved with each of the ``WINGS`` functions of a spot of ``blur_nm``."""
+        transformed = torch.fft.rfft2(image)
+        for part in _wings(self.shape, self.pixel_nm, blur_nm, image.device):
+            yield torch.fft.irfft2(transformed * part, s=self.shape)
 
-    def wings(self, blur_nm: float, like: torch.Tensor) -> torch.Tensor:
-        """[WINGS, rows, cols/2 + 1] Fourier transforms of the functions that the core is convolved with in the wings."""
-        y, x = self.frequencies(like)
-        bells = [
-            torch.exp(-0.5 * (w**2 - 1) * (blur_nm * y) ** 2) * torch.exp(-0.5 * (w**2 - 1) * (blur_nm * x) ** 2)
-            for w in WIDTHS
-        ]
-        y, x = y * WIDTHS[0] * blur_nm, x * WIDTHS[0] * blur_nm
-        second, cross, square = x**2 - y**2, 2 * x * y, x**2 + y**2
-        fourth = [square**2, second**2 - cross**2, 2 * second * cross]
-        return torch.stack([*bells, *(bells[0] * f for f in (second, cross, *fourth))])
+    def with_wings(self, image: torch.Tensor, spot: Spot) -> torch.Tensor:
+        """All wings of an image of cores."""
+        parts = _wings(self.shape, self.pixel_nm, spot.blur_nm, image.device)
+        whole = (parts * parts.new_tensor(spot.wings)[:, None, None]).sum(0)
+        wings: torch.Tensor = torch.fft.irfft2(torch.fft.rfft2(image) * whole, s=self.shape)
+        return wings
+
+
+def _frequencies(
+    shape: tuple[int, int], pixel_nm: tuple[float, float], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, 1] and [1, cols/2 + 1] angular frequencies of ``rfft2``, rad/nm."""
+    (rows, cols), (px, py) = shape, pixel_nm
+    y = torch.fft.fftfreq(rows, py, device=device)[:, None]
+    return 2 * math.pi * y, 2 * math.pi * torch.fft.rfftfreq(cols, px, device=device)[None]
+
+
+@lru_cache(maxsize=8)
+def _wings(shape: tuple[int, int], pixel_nm: tuple[float, float], blur_nm: float, device: torch.device) -> torch.Tensor:
+    """[WINGS, rows, cols/2 + 1] transforms of the functions that the core is convolved with in the wings."""
+    y, x = (blur_nm * q for q in _frequencies(shape, pixel_nm, device))
+    bells = [torch.exp(-0.5 * (w**2 - 1) * y**2) * torch.exp(-0.5 * (w**2 - 1) * x**2) for w in WIDTHS]
+    y, x = y * WIDTHS[0], x * WIDTHS[0]
+    second, cross, square = x**2 - y**2, 2 * x * y, x**2 + y**2
+    fourth = [square * second, square * cross, square**2, second**2 - cross**2, 2 * second * cross]
+    return torch.stack([*bells, *(bells[0] * f for f in (second, cross, *fourth))])
 
 
 def _hats(length: int, pixel_nm: float, like: torch.Tensor) -> torch.Tensor:
@@ -209,8 +231,8 @@ class Columns:
         return self.splat(self.gy[:, :2] * (scale * self.state.a[:, None, None]), self.gx[:, :2])
 
     def shape_images(self, wings: bool) -> torch.Tensor:
-        """[3, rows, cols] derivative of the model by the spot's parameters, in the order of :class:`Spot`; with ``wings``
-        those of all."""
+        """[3, rows, cols] derivative of the model by the spot's first parameters, in the order of :class:`Spot`; with
+        ``wings`` by all."""
         a = (self.state.a * self._inside())[:, None, None] * (1 - self.spot.tail)
         xx = self.splat(self.gy[:, :1] * (a * self.sx**2), self.gx[:, 2:])
         yy = self.splat(self.gy[:, 2:] * (a * self.sy**2), self.gx[:, :1])
@@ -218,9 +240,7 @@ class Columns:
         images = torch.stack([xx + yy, xx - yy, xy])
         if wings:
             core = self.core()
-            parts = torch.fft.irfft2(
-                torch.fft.rfft2(core) * self.grid.wings(self.spot.blur_nm, core), s=self.grid.shape
-            )
+            parts = torch.stack(list(self.grid.wings(core, self.spot.blur_nm)))
             parts[: len(WIDTHS)] -= core
             images = torch.cat([images, parts])
         return images * self._heart()

@@ -56,7 +56,9 @@ class Training(Model):
     patch_px: PositiveInt = Field(96, multiple_of=8, description="side of a patch")
     learning_rate: Positive = Field(4e-3, description="highest learning rate (AdamW, one cycle)")
     weight_decay: NonNegative = Field(1e-4, description="of AdamW")
-    bfloat16: bool = Field(True, description="forward passes in bfloat16 (twice as fast where the CPU or GPU knows it)")
+    bfloat16: bool = Field(
+        True, description="forward passes in bfloat16 where the network bears it (twice as fast where CPU or GPU do)"
+    )
     checkpoint_steps: PositiveInt = Field(250, description="steps between two checkpoints, from which training resumes")
 
 
@@ -136,7 +138,8 @@ class _Member:
         import torch
 
         inputs, targets, weights = (torch.from_numpy(a).to(self.device) for a in self.lessons.batch(self.seed, step))
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.config.bfloat16):
+        half = self.config.bfloat16 and bool(self.net.half_precision)
+        with torch.autocast(self.device, torch.bfloat16, enabled=half):
             logits = self.net(inputs.to(memory_format=torch.channels_last))
         loss = self.lessons.loss(logits.float(), targets, weights)
         self.optimiser.zero_grad(set_to_none=True)

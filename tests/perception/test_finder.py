@@ -173,7 +173,7 @@ def test_hand_labelled_pt_atoms_on_carbon(finder):
     pairs_made = finds = labels = 0
     for name in ("057", "072"):
         image, truth = read_labelled(LABELLED)[name]
-        found = finder.find(image, (pixel, pixel), 0.2, refined=False)
+        found = finder.find(image, (pixel, pixel), 0.1, refined=False)
         pairs_made += len(pairs(found, truth, 0.2 / pixel)[0])
         finds, labels = finds + len(found), labels + len(truth)
     assert 2 * pairs_made / (finds + labels) >= 0.6

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aecontrol.canvas import draw_png
 from aecontrol.errors import BadInput
-from aecontrol.perception import polar, views
+from aecontrol.perception import order, polar, views
 from aecontrol.perception.learn_regions import RegionLessons, RegionTraining, lesson, train_from_toml
 from aecontrol.perception.region_overlay import draw_regions
 from aecontrol.perception.regions import RegionFinder, outline
@@ -80,6 +80,26 @@ def test_weak_and_small_regions_are_absent():
         grid, regions = outline(change.astype(np.float32), (0.06, 0.06), "boundary", (0.06, 0.06))
         assert not regions
         assert not grid.labels.any()
+
+
+def test_a_boundary_lies_between_two_lattices():
+    """Fringes of two directions on both sides, on one side, on none; an edge; fringes of one direction."""
+    at = np.stack(np.meshgrid(np.arange(120), np.arange(120)), -1) * 0.06
+    lattice = np.cos(at @ [30.0, 0.0]) + np.cos(at @ [8.0, 29.0])
+    noise = np.random.default_rng(0).normal(0, 0.5, at.shape[:2])
+    left = at[..., 0] < 3.6
+    images = {
+        "both": lattice + noise,
+        "one": lattice * left + noise,
+        "none": noise,
+        "edge": 20 * left + noise,
+        "stripes": np.cos(at @ [30.0, 0.0]) + noise,
+    }
+    inside = np.ones((100, 6), dtype=bool)
+    found = {
+        name: order.between_lattices(i.astype(np.float32), (0.06, 0.06), inside, (10, 57)) for name, i in images.items()
+    }
+    assert found == {"both": True, "one": False, "none": False, "edge": False, "stripes": False}
 
 
 def test_off_centring_is_that_of_the_built_crystal():

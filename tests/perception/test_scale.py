@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aecontrol.errors import BadInput
-from aecontrol.perception.scale import ASSUMED_SPOT_NM, estimate
+from aecontrol.perception.scale import ISOLATED_SPOT_NM, LATTICE_SPOT_NM, estimate
 
 SIDE = 224
 BACKGROUND = 3.0
@@ -60,7 +60,8 @@ def scene(kind: str, width: float, signal_to_noise: float = 30, seed: int = 0):
 def test_the_width_of_spots_is_known_within_a_quarter(kind, width, signal_to_noise):
     scale = estimate(scene(kind, width, signal_to_noise))
     assert scale.spot_px == pytest.approx(width, rel=0.25)
-    assert scale.pixel_size_nm * scale.spot_px == pytest.approx(ASSUMED_SPOT_NM)
+    assumed = ISOLATED_SPOT_NM if kind == "isolated" else LATTICE_SPOT_NM
+    assert scale.pixel_size_nm * scale.spot_px == pytest.approx(assumed)
     assert "not a calibration" in scale.how
 
 

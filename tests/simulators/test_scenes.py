@@ -84,7 +84,8 @@ def test_what_must_be_found_can_be_seen():
         scene = scenes.render(4, index)
         inside = ((scene.positions_px > 0) & (scene.positions_px < len(scene.image))).all(1)
         wanted = scene.counts[scene.wanted & inside]
-        assert (wanted > EVIDENT).all()  # the significance of N counts on none is sqrt(2 N (ln(N / 0.1) - 1)) at most
+        alone = np.sqrt(2 * ((wanted + 0.1) * np.log1p(wanted / 0.1) - wanted))  # on the least background there is
+        assert (alone > EVIDENT).all()
 
 
 @pytest.mark.parametrize("material", ["mos2", "graphene", "hbn", "srtio3", "nanoparticle", "random"])
