@@ -167,7 +167,8 @@ def peer(folder: Path, name: str, s: Scene, start_px: Floats) -> tuple[Floats, f
 
 def training(path: Path) -> None:
     """Write patches of 128 pixels for atomai: images, each scaled to [0, 1], and masks of discs of one blur."""
-    images, masks = [], []
+    images: list[NDArray[np.float32]] = []
+    masks: list[NDArray[np.float32]] = []
     px = (np.arange(SIZE) + 0.5) * PIXEL
     grid = np.stack(np.meshgrid(px, px), -1)
     for k, (crystal, counts, probe) in enumerate((c, n, p) for c in CRYSTALS for n in DOSES for p in PROBES):
