@@ -145,8 +145,8 @@ def judge(s: Scene, at: Floats, sigma: Floats | None, limits: dict[float, float]
         yield f"{counts:8.0f} {plain:6.3f} {robust:6.3f} {said:6.6} {bias:6.3f} {recall:7.4f} {coverage}"
 
 
-def peer(folder: Path, name: str, s: Scene, start_px: Floats) -> tuple[Floats, float]:
-    """Positions (nm) and CPU seconds of a peer in its own environment."""
+def peer(folder: Path, name: str, s: Scene, start_px: Floats) -> tuple[Floats, float] | None:
+    """Positions (nm) and CPU seconds of a peer in its own environment; None where it fails."""
     model = folder / "precision_unet"
     if name == "atomai" and not model.with_suffix(".npz").exists():
         training(model.with_suffix(".npz"))
@@ -157,14 +157,18 @@ def peer(folder: Path, name: str, s: Scene, start_px: Floats) -> tuple[Floats, f
         script = Path(__file__).with_name("find_peers.py")
         python = folder / {"atomap": "atomap", "atomai": "ai"}[name] / "bin" / "python"
         command = [str(python), str(script), name, scratch, *([str(model)] if name == "atomai" else [])]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            print(f"{s.name:24} {name:8} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
+            return None
         result = np.load(f"{scratch}/found.npz")
         return (result["at_px"] + 0.5) * PIXEL, float(result["cpu_s"])
 
 
 def training(path: Path) -> None:
     """Write patches of 128 pixels for atomai: images, each scaled to [0, 1], and masks of discs of one blur."""
-    images, masks = [], []
+    images: list[NDArray[np.float32]] = []
+    masks: list[NDArray[np.float32]] = []
     px = (np.arange(SIZE) + 0.5) * PIXEL
     grid = np.stack(np.meshgrid(px, px), -1)
     for k, (crystal, counts, probe) in enumerate((c, n, p) for c in CRYSTALS for n in DOSES for p in PROBES):
@@ -191,8 +195,8 @@ def report(s: Scene, seed: int, finder: AtomFinder, peers: Path | None) -> None:
     results.append(("find", *_nm(found.x_px, found.y_px, found.sigma_x, found.sigma_y), time.process_time() - clock))
     for name in ("atomap", "atomai") if peers else ():
         assert peers is not None
-        at, cpu = peer(peers, name, s, start)
-        results.append((name, at, None, cpu))
+        if (answer := peer(peers, name, s, start)) is not None:
+            results.append((name, answer[0], None, answer[1]))
     for name, at, sigma, cpu in results:
         for line in judge(s, at, sigma, limits):
             print(f"{s.name:24} {name:8} {line} {1e3 * cpu / len(at):8.3f}", flush=True)
