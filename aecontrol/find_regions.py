@@ -30,8 +30,8 @@ def find_regions(
     Raises BadInput for an estimated scale: it rests on atoms, and areas and lengths are in nm.
     """
     from aecontrol.perception.mend import mend_pixels
-    from aecontrol.perception.region_overlay import draw_regions
     from aecontrol.perception.regions import RegionFinder
+    from aecontrol.region_figure import draw_regions
 
     if scale.source == "estimated":
         raise BadInput("the file does not say how large its pixels are; regions are in nm", "give --pixel-size-nm")
@@ -82,7 +82,7 @@ def _masks(found: Regions, scale: Scale) -> bytes:
 
 def region_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     """A result for people: (what, how much)."""
-    from aecontrol.perception.region_overlay import NAMES
+    from aecontrol.region_figure import NAMES
 
     lines = []
     for kind, (_, name) in NAMES.items():

@@ -24,8 +24,8 @@ from scipy.ndimage import distance_transform_edt
 from aecontrol.canvas import draw_png
 from aecontrol.files import read_image
 from aecontrol.perception.finder import AtomFinder
-from aecontrol.perception.region_overlay import draw_regions
 from aecontrol.perception.regions import RegionFinder
+from aecontrol.region_figure import draw_regions
 from simulators.column import SimulatedColumn
 from simulators.scan import nominal_positions_nm
 from simulators.setup import ColumnSetup

@@ -14,8 +14,8 @@ from aecontrol.canvas import draw_png
 from aecontrol.errors import BadInput
 from aecontrol.perception import order, polar, views
 from aecontrol.perception.learn_regions import RegionLessons, RegionTraining, lesson, train_from_toml
-from aecontrol.perception.region_overlay import draw_regions
 from aecontrol.perception.regions import RegionFinder, outline
+from aecontrol.region_figure import draw_regions
 from simulators.regions import RegionScenes
 from simulators.scan import nominal_positions_nm
 from simulators.setup import ColumnSetup

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aecontrol.canvas import coarse, grey_limits, label, new_figure, scale_bar
-
-from .regions import Regions
+from aecontrol.perception.regions import Regions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
