@@ -145,8 +145,9 @@ def find(
     json_out: Json = False,
 ) -> None:
     """Find the atoms, or the regions, of a microscopy image: tables, a picture, and how far to trust them."""
-    from aecontrol.find import Request, summary_lines
     from aecontrol.find import find as carry_out
+    from aecontrol.find import summary_lines
+    from aecontrol.find_request import Request
     from aecontrol.registry import validate
 
     asked = {"pixel_size_nm": pixel_size_nm, "channel": channel, "frame": frame, "threshold": threshold}

@@ -13,7 +13,7 @@ from aecontrol.errors import BadInput
 from aecontrol.image_sets import Progress
 
 if TYPE_CHECKING:
-    from aecontrol.find import Request, Scale
+    from aecontrol.find_request import Request, Scale
     from aecontrol.perception.finder import Found
     from aecontrol.perception.regions import Regions
 

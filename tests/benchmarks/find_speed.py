@@ -53,7 +53,8 @@ def sheet(side_px: int, seed: int = 0) -> NDArray[np.uint16]:
 
 def work(device: str) -> tuple[Callable[[NDArray[np.uint16], bool], int], Callable[[NDArray[np.uint16]], dict]]:
     """The finder alone, and the whole of the command but files and picture."""
-    from aecontrol.find import Request, Scale, find_atoms
+    from aecontrol.find import find_atoms
+    from aecontrol.find_request import Request, Scale
     from aecontrol.perception.device import resolve
     from aecontrol.perception.finder import AtomFinder
 

@@ -21,8 +21,9 @@ from typing import Any
 
 from aecontrol.errors import BadInput
 from aecontrol.files import read_image
-from aecontrol.find import Request, Scale, find_atoms
+from aecontrol.find import find_atoms
 from aecontrol.find_figure import draw_overlay
+from aecontrol.find_request import Request, Scale
 from aecontrol.perception.scale import estimate
 from tests.benchmarks.pictures import small
 
