@@ -262,4 +262,4 @@ def _crystal_lines(crystal: dict[str, Any], unit: str) -> list[tuple[str, str]]:
     for row in crystal["sublattices"]:
         off = f"{1000 * row['rms']:.2g} pm" if unit == "nm" else f"{row['rms']:.2g} px"
         lines.append((f"  {row['label']}", f"{off} rms from the lattice"))
-    return lines
+    return [*lines, ("note", crystal["note"])] if crystal["note"] else lines

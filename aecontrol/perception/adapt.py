@@ -49,7 +49,7 @@ class Adaptation(Model):
 
     seed: Count = Field(0, description="of crops, of the frames that each network sees, and of the examination")
     rounds: PositiveInt = Field(2, description="times that frames are labelled anew and learnt")
-    steps: PositiveInt = Field(150, description="optimiser steps a network and round")
+    steps: PositiveInt = Field(100, description="optimiser steps a network and round")
     batch: PositiveInt = Field(8, description="patches a step, half of them simulated")
     patch_px: PositiveInt = Field(96, multiple_of=8, description="side of a patch")
     learning_rate: Positive = Field(1e-3, description="highest learning rate")

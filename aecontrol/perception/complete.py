@@ -31,8 +31,8 @@ _ROUNDS = 5
 _GROWN = 1.02
 _SAME = 0.45
 """A find is the atom of a site within this share of the shortest distance of two sites."""
-_ADRIFT = 0.02
-"""Share of sites that may still want to move together with those around by a fifth of the shortest distance."""
+_DRIFTS = 4
+"""Times that sites are moved together with those around, as long as any move by a fifth of the shortest distance."""
 _AROUND = 9
 _HELD = 0.6
 """Share of the nearest sites that hold an atom inside of a crystal."""
@@ -105,7 +105,7 @@ def complete(
         pool = _pool(grains, weights, xy, size)
         view = _look(data, pixel_size_nm, pool, xy, blur)
         blur, before, held = view.blur, held, int((view.good & pool.framed).sum())
-        if held < _GROWN * before and view.adrift < _ADRIFT:
+        if held < _GROWN * before:
             break
         grains, weights = _regrown(grains, pool, view, first=turn == 0)
         if not grains:
@@ -151,12 +151,11 @@ def _pool(grains: list[Grain], weights: list[Floats], xy: Floats, size: Floats) 
 @dataclass(frozen=True)
 class _View:
     """What the image says of a pool: probability that each site holds an atom, whether the crystal is there (``good``:
-    it holds one, and so do those around, where they should), amplitude, step [n, 2] from the predicted place with its
-    error; ``adrift``: share of sites that move as one with those around; ``other``: the finds on no site, with their
-    ``significance``."""
+    it holds one, and so do those around, where they should), amplitude, place ``xy`` and the column's own step [n, 2]
+    from it with its error; ``other``: the finds on no site, with their ``significance``."""
 
     blur: float
-    adrift: float
+    xy: Floats
     probability: Floats
     good: Bools
     inside: Bools
@@ -183,19 +182,24 @@ def _look(data: Floats, pixel: tuple[float, float], pool: _Pool, xy: Floats, blu
     kind = np.concatenate([np.where(few, -1, kind.ravel()), np.full(len(other), -1)])
     filled = occupation(fit, kind, kind >= 0)
     probability = 1 - filled.probability[:n, 0]
-    step, error = fit.moves(np.concatenate([filled.level[:n], np.maximum(fit.amplitude[n:], 0.0)]))
-    step, error = step[:n], error[:n]
+    level = np.concatenate([filled.level[:n], np.maximum(fit.amplitude[n:], 0.0)])
     around = near[1][:, 1:]
+    for _ in range(_DRIFTS):
+        step, error = (a[:n] for a in fit.moves(level))
+        # what moves as one with those around is the lattice's own error where it was followed far
+        weight = error[near[1], None] ** -2.0
+        together = (weight * step[near[1]]).sum(1) / weight.sum(1)
+        if not (np.hypot(*together.T) > 2 * _OFF * spacing).any():
+            break
+        fit.place(fit.xy + np.concatenate([together, np.zeros((len(other), 2))]))
     held = (probability[around] > 0.5).mean(1) > _HELD
     allowed = 4 * error[around] ** 2 + (_OFF * spacing) ** 2
     straight = np.mean((step[around] ** 2).sum(2) / allowed, axis=1) < 1
     inside = held & straight & ~few
-    together = np.hypot(*step[around].mean(1).T)
-    adrift = float(np.mean(together[inside] > 2 * _OFF * spacing)) if inside.any() else 0.0
     significance = filled.amplitude[n:] / filled.sigma[n:]
     return _View(
         fit.blur,
-        adrift,
+        fit.xy[:n],
         probability,
         inside & (probability > 0.5),
         inside,
@@ -215,7 +219,7 @@ def _regrown(grains: list[Grain], pool: _Pool, view: _View, first: bool) -> tupl
         if len(mine) < SMALLEST:
             continue
         reach = _SAME * grain.spacing
-        at = pool.xy[mine] + np.clip(view.step[mine], -reach, reach)
+        at = view.xy[mine] + np.clip(view.step[mine], -reach, reach)
         new = fitted(at, np.arange(len(mine)), pool.cell[mine], pool.site[mine], grain.basis)
         if new is None:
             continue
@@ -231,25 +235,25 @@ def _chosen(pool: _Pool, view: _View, xy: Floats, confidence: Floats, threshold:
     said = np.where(pool.peak >= 0, confidence[pool.peak], 0.0)
     certain = np.where(view.inside, view.probability, said)
     keep = (certain >= threshold) & (pool.framed | (pool.peak >= 0))
-    scatter = np.full(len(pool.xy), np.inf)
+    scatter = np.full(len(view.xy), np.inf)
     for kind in np.unique(np.stack([pool.grain, pool.site], 1), axis=0):
         mine = view.good & (pool.grain == kind[0]) & (pool.site == kind[1])
         if mine.any():
             scatter[mine] = _scatter(view.step[mine], view.error[mine])
-    spacing = float(np.median(cKDTree(pool.xy).query(pool.xy, k=2)[0][:, 1]))
+    spacing = float(np.median(cKDTree(view.xy).query(view.xy, k=2)[0][:, 1]))
     between = np.zeros(len(view.other), dtype=bool)
     if view.inside.any() and len(view.other):
-        between = cKDTree(pool.xy[view.inside]).query(xy[view.other])[0] < 1.5 * spacing
+        between = cKDTree(view.xy[view.inside]).query(xy[view.other])[0] < 1.5 * spacing
     real = view.other[(confidence[view.other] >= threshold) & (~between | (view.significance > _PHANTOM))]
     found = _as_found(xy, confidence, real)
     # what is seen well starts where it was seen, and nothing beyond the frame
     surely = (pool.peak >= 0) & ((view.error < UNSURE_NM) | ~view.inside | ~pool.framed)
-    at = np.where(surely[:, None], xy[pool.peak], pool.xy)
+    at = np.where(surely[:, None], xy[pool.peak], view.xy)
     return Candidates(
         np.concatenate([at[keep], found.xy]),
         np.concatenate([certain[keep], found.confidence]),
         np.concatenate([pool.peak[keep], found.peak]),
-        np.concatenate([pool.xy[keep], found.site]),
+        np.concatenate([view.xy[keep], found.site]),
         np.concatenate([scatter[keep], found.scatter]),
     )
 

@@ -44,8 +44,10 @@ F1_MAY_DROP = 0.005
 """On simulated scenes."""
 SITES_MAY_DROP = 0.02
 """Part of the altered sites that were read rightly before."""
-SURE = 2.0
-"""Standard errors by which the misfit must fall."""
+SURE = 5.0
+"""Standard errors by which the misfit must fall: more than chance asks, for spots are not all of the truth."""
+EXPLAINED = 1.1
+"""Misfit of the joint fit itself beyond which spots do not explain the counts, nor tell whether finds are right."""
 
 
 class Marks(Model):
@@ -58,6 +60,8 @@ class Marks(Model):
     """Share of the atoms added by us that it finds."""
     misfit: float
     """Mean squared error, in units of the variance, with which its finds foretell the other half of the electrons."""
+    explained: float
+    """The same of the joint fit in the whole frames, whatever the networks find: 1 where spots explain them."""
     finds: int
     """Atoms that it finds in the held-out frames."""
 
@@ -144,7 +148,8 @@ def explain(image: Floats, spots: Spots) -> Explained:
     # centred and scaled: single precision must hold an image on a large offset
     base, unit = float(expected.mean()), float(image.std()) or 1.0
     level, seen = (torch.as_tensor(((a - base) / unit).astype(np.float32)) for a in (expected, image))
-    v0, gain, least = variance(level, seen - level)
+    alike = torch.as_tensor(spots.image((np.arange(len(free)) < spots.number).astype(float)).astype(np.float32))
+    v0, gain, least = variance(level, seen - level, alike)
     spread = unit**2 * np.maximum(v0 + gain * level.numpy().astype(np.float64), max(least, 1e-6))
     whole = bool((image >= 0).all() and (image == np.round(image)).all())
     counts = whole and LIKE_COUNTS[0] < spread.mean() / max(base, 1e-12) < LIKE_COUNTS[1]
@@ -155,7 +160,7 @@ def explain(image: Floats, spots: Spots) -> Explained:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A piece of a frame that no network is trained on, with the atoms that the joint fit confirms there.
+    """A piece of a frame that no network is trained on, with all columns of a joint fit, the ``certain`` atoms first.
 
     ``image`` [rows, cols]; ``x``, ``y`` [n] px; ``blur_nm`` of the spot; ``seed`` of all that is drawn here."""
 
@@ -163,16 +168,17 @@ class HeldOut:
     pixel_nm: tuple[float, float]
     x: Floats
     y: Floats
+    certain: int
     blur_nm: float
     seed: int
 
     @classmethod
     def read(cls, scene: Scene, seed: int) -> HeldOut:
-        """The atoms of a labelled piece; its blur from a joint fit."""
+        """A labelled piece; what its residual shows beside the wanted atoms is fitted too."""
         x, y = scene.positions_px[scene.wanted].T
         image = scene.image.astype(np.float64)
-        blur = refine.refine(image, x, y, scene.pixel_size_nm).blur_nm
-        return cls(image, scene.pixel_size_nm, x, y, blur or 0.06, seed)
+        fitted = refine.refine(image, x, y, scene.pixel_size_nm)
+        return cls(image, scene.pixel_size_nm, fitted.x, fitted.y, len(x), fitted.blur_nm or 0.06, seed)
 
     def _spots(self, x: Floats, y: Floats) -> Spots:
         return Spots(x, y, self.blur_nm, self.image.shape, self.pixel_nm)
@@ -191,6 +197,12 @@ class HeldOut:
             return first, self.image - first
         noise = rng.normal(0, np.sqrt(self._explained.variance))
         return (self.image + noise) / 2, (self.image - noise) / 2
+
+    @cached_property
+    def explained(self) -> Floats:
+        """[rows, cols] squared error of the joint fit over the variance."""
+        of = self._explained
+        return np.asarray((self.image - of.expected) ** 2 / of.variance)
 
     def misfit(self, finder: AtomFinder) -> Floats:
         """[cells] squared error, over the variance, of either half as foretold by the finds in the other."""
@@ -212,14 +224,15 @@ class HeldOut:
     def _alter(self, rng: np.random.Generator) -> tuple[Floats, Floats, Floats]:
         of = self._explained
         at, pixel = np.stack([self.x, self.y], 1), np.array(self.pixel_nm)
-        number = max(1, round(ALTERED * len(at)))
-        out = rng.permutation(np.flatnonzero(_inner(at, self.image.shape, pixel)))[:number]
+        sure = at[: self.certain]
+        number = max(1, round(ALTERED * len(sure)))
+        out = rng.permutation(np.flatnonzero(_inner(sure, self.image.shape, pixel)))[:number]
         room = rng.uniform(0, self.image.shape[::-1], (40 * number, 2))
         far = np.hypot(*((room[:, None] - at) * pixel).transpose(2, 0, 1)).min(1)
         room = room[(far > ROOM_NM) & _inner(room, self.image.shape, pixel)]
         room = room[_apart(room * pixel, 4 * ROOM_NM)][:number]
         gone = self._spots(*at[out].T).light(of.intensity[out])
-        extra = self._spots(*room.T).light(np.full(len(room), np.median(of.intensity)))
+        extra = self._spots(*room.T).light(np.full(len(room), np.median(of.intensity[: self.certain])))
         if of.counts:
             left = np.clip(1 - gone / np.maximum(of.expected, 1e-12), 0, 1)
             image = rng.binomial(self.image.astype(np.int64), left) + rng.poisson(extra)
@@ -249,6 +262,7 @@ class Exam:
             vacancies=_share(missed),
             added=_share(seen),
             misfit=float(cells.sum() / pixels),
+            explained=float(np.concatenate([piece.explained.ravel() for piece in self.pieces]).mean()),
             finds=sum(len(look(finder, piece.image, piece.pixel_nm)) for piece in self.pieces),
         )
         return Result(marks, cells)
@@ -260,6 +274,11 @@ def refusals(before: Result, after: Result) -> list[str]:
     gain = before.cells - after.cells
     error = float(np.sqrt(len(gain)) * gain.std()) + 1e-12
     reasons = []
+    if old.explained > EXPLAINED:
+        reasons.append(
+            f"a model of spots leaves a misfit of {old.explained:.3f} in the held-out frames (limit {EXPLAINED:g}): "
+            "it cannot tell whether finds are right"
+        )
     if not gain.sum() > SURE * error:
         reasons.append(
             "finds in one half of the held-out electrons do not foretell the other half better: misfit "

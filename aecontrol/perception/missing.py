@@ -37,6 +37,9 @@ _ROUNDS = 2
 _HALF = (0.5, 0.05)
 """Level of a half-filled column over that of a full one: 0.41 to 0.55 for one S of two in multislice calculations."""
 _EMPTY = (0.0, 0.03)
+_UNLIKE = 0.15
+"""Columns of a class that differ by more of their brightness than this are of several materials or thicknesses: a
+half-empty one cannot be told from them."""
 _SPREAD = (0.02**2, 0.2**2)
 """Variance of the full columns over their level squared: the fit must not take many vacancies for a wide spread."""
 _HERMITE = ((0.0, 8 / 15), (-1.3556, 0.2221), (1.3556, 0.2221), (-2.857, 0.01126), (2.857, 0.01126))
@@ -49,12 +52,14 @@ _SHARES = np.array([1.0, 1.0, 8.0])
 @dataclass(frozen=True)
 class Occupation:
     """n sites: ``probability`` [n, 3] of empty, partly filled and full (certainly full where not judged),
-    ``amplitude`` and ``sigma`` [n] image units summed over pixels, ``level`` [n] the amplitude if full."""
+    ``amplitude`` and ``sigma`` [n] image units summed over pixels, ``level`` [n] the amplitude if full; ``unlike``:
+    classes whose columns differ too much for partly filled ones to be told."""
 
     probability: Floats
     amplitude: Floats
     sigma: Floats
     level: Floats
+    unlike: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,11 @@ class AmplitudeFit:
         known = np.maximum(known, 1e-9 * float(known.max()) + 1e-300)
         return force / known, np.asarray(known.mean(1) ** -0.5)
 
+    def place(self, xy: Floats) -> None:
+        """Put the columns at other places [n, 2], all else as it is."""
+        self.xy = xy
+        self.spots = draw_spots(xy, self.shape, self.pixel, self.blur, self.tail, _REACH * self.blur)
+
     def as_counts(self) -> tuple[Floats, Floats]:
         """Image and background in units in which the variance equals the mean, as for counts."""
         shift = self.base / self.gain**2
@@ -266,7 +276,11 @@ def occupation(fit: AmplitudeFit, kind: Ints, judged: Bools) -> Occupation:
         amplitude = amplitude + 0.8 * (aim - amplitude)
     for k in classes:
         probability[judged & (kind == k)] = _by_counts(scene, amplitude, level, k, levels[k], probability)
-    return Occupation(probability, free * fit.gain, sigma * fit.gain, level * fit.gain)
+    unlike = tuple(k for k in classes if levels[k].spread > _UNLIKE)
+    vague = judged & np.isin(kind, unlike)
+    probability[vague, 2] += probability[vague, 1]
+    probability[vague, 1] = 0.0
+    return Occupation(probability, free * fit.gain, sigma * fit.gain, level * fit.gain, unlike)
 
 
 def _conditional(scene: _Scene, amplitude: Floats) -> tuple[Floats, Floats]:

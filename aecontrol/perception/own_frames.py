@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import refine
-from .finder import GATHER_NM, AtomFinder
+from .finder import GATHER_NM, HEAT_SIGMA_NM, AtomFinder
 from .guards import Explained, Spots, explain
 from .learn_atoms import Scene, Scenes
 
@@ -22,18 +22,18 @@ BLOCK_NM = 5.0
 """Largest sides of the blocks that frames are cut into."""
 CANDIDATE = 0.15
 """Confidence from which on a place is looked at."""
-AGREED, DISPUTED = 0.5, 0.1
+AGREED, DISPUTED = 0.8, 0.1
 """Least confidence of the teachers and largest mutual information (nat) between them for an atom."""
 SIGNIFICANT = 5.0
 """Least intensity over its standard error of a confirmed atom."""
-STRONG, LIKE_OTHERS = 10.0, (0.3, 3.0)
-"""The same for a place of which the teachers are not sure, and its intensity over the median of those agreed upon."""
-LOUD = 2.5
-"""Standard errors from which on the residual leaves open whether an atom was missed."""
+MOVED_NM = 0.03
+"""Farthest that the fit may lie from where the teachers see the atom."""
+LEAST = 0.15
+"""Share of the median intensity that an atom has at least: where the residual excludes so much, nothing is."""
+GRID_NM = 0.06
+"""Spacing of the places that are left open: their heat overlaps."""
 USUAL_BLUR_NM = 0.06
 """Blur where none could be fitted."""
-ABSENT = 0.1
-"""Share of the median intensity that the fit must exclude (3 standard errors) to refute an unsure place."""
 ODD = 6.0
 """Spreads above the median from which on the misfit of an atom's window is odd."""
 
@@ -85,9 +85,9 @@ class OwnScenes:
 def label(frame: Frame, teachers: AtomFinder) -> Block:
     """What ``teachers`` and the joint fit together hold to be in an image.
 
-    Wanted are atoms on which the teachers agree and that the fit confirms (significant, and its window is explained as
-    well as others), or that the fit shows beyond doubt where the teachers are unsure. Nothing is where no teacher sees
-    and no residual shows anything, or where the fit excludes an atom of which they are unsure. The rest is doubtful.
+    Wanted are atoms on which the teachers agree and that the fit confirms (significant, at the same place, and its
+    window is explained as well as others). Nothing is where no teacher sees
+    anything and the residual, or the fit where they are unsure, excludes an atom. The rest is left open.
     """
     image, pixel_size_nm = np.asarray(frame.image, dtype=np.float32), frame.pixel_size_nm
     found = teachers.find(image, pixel_size_nm, CANDIDATE, refined=False)
@@ -100,16 +100,16 @@ def label(frame: Frame, teachers: AtomFinder) -> Block:
     spots = Spots(fitted.x, fitted.y, blur, image.shape, pixel_size_nm)
     seen = explain(image.astype(np.float64), spots)
     sane = ~_odd(image, seen, fitted, pixel_size_nm)
-    confirmed = (fitted.significance >= SIGNIFICANT) & sane
-    sure = agreed & confirmed
+    start = np.stack([found.x_px, found.y_px], 1)
+    moved = np.hypot(*((np.stack([fitted.x, fitted.y], 1)[: len(start)] - start) * pixel_size_nm).T)
+    near = np.pad(moved <= MOVED_NM, (0, fitted.added))
+    sure = agreed & near & sane & (fitted.significance >= SIGNIFICANT)
     usual = float(np.median(fitted.intensity[sure])) if sure.any() else np.inf
-    likely = (fitted.intensity > LIKE_OTHERS[0] * usual) & (fitted.intensity < LIKE_OTHERS[1] * usual)
-    sure |= (told > 0) & likely & sane & (fitted.significance >= STRONG)
-    absent = ~agreed & (fitted.intensity + 3 * fitted.sigma_intensity < ABSENT * usual) & np.isfinite(usual)
+    absent = ~agreed & (fitted.intensity + 3 * fitted.sigma_intensity < LEAST * usual) & np.isfinite(usual)
     at = np.stack([fitted.x, fitted.y], 1)
-    loud = _loud(image, seen, at, [blur / p for p in pixel_size_nm])
-    at = np.concatenate([at[~absent], loud])
-    return Block(image, pixel_size_nm, at, np.pad(sure[~absent], (0, len(loud))))
+    at = at[~absent]
+    unseen = _open_places(image, seen, at, LEAST * usual, blur, pixel_size_nm)
+    return Block(image, pixel_size_nm, np.concatenate([at, unseen]), np.pad(sure[~absent], (0, len(unseen))))
 
 
 def _odd(
@@ -128,20 +128,25 @@ def _odd(
     return np.asarray(each > middle + ODD * 1.4826 * np.median(abs(each - middle)))
 
 
-def _loud(image: NDArray[np.float32], seen: Explained, at: Floats, blur_px: Sequence[float]) -> Floats:
-    """Places [k, 2] (x, y) px, not near those ``at``, where the residual would let a spot be fitted that is ``LOUD``
-    standard errors bright (matched filter)."""
-    from scipy.ndimage import gaussian_filter, maximum_filter
+def _open_places(
+    image: NDArray[np.float32], seen: Explained, at: Floats, least: float, blur_nm: float, pixel_nm: tuple[float, float]
+) -> Floats:
+    """Places [k, 2] (x, y) px of a grid, not near those ``at``, where the residual does not exclude (3 standard
+    errors) a spot of intensity ``least``: no evidence of an atom is no evidence of its absence."""
+    from scipy.ndimage import gaussian_filter
     from scipy.spatial import cKDTree
 
-    width = np.array(blur_px[::-1])
+    width = np.array([blur_nm / p for p in pixel_nm[::-1]])
+    # matched filter: intensity that a spot would be fitted with at every pixel, and its information
     force = gaussian_filter((image - seen.expected) / seen.variance, width)
     known = gaussian_filter(1 / seen.variance, width / np.sqrt(2)) / (4 * np.pi * width.prod())
-    score = force / np.sqrt(known)
-    score /= max(1.0, 1.4826 * float(np.median(abs(score))))
-    rows, cols = np.nonzero((score > LOUD) & (score == maximum_filter(score, size=3)))
-    places = np.stack([cols + 0.5, rows + 0.5], 1)
-    return np.asarray(places[cKDTree(at / blur_px).query(places / blur_px)[0] > 1])
+    spread = max(1.0, 1.4826 * float(np.median(abs(force) / np.sqrt(known))))
+    rows, cols = np.nonzero(force / known + 3 * spread / np.sqrt(known) > least)
+    step = [max(1, round(GRID_NM / p)) for p in pixel_nm]
+    grid = (cols % step[0] == 0) & (rows % step[1] == 0)
+    places = np.stack([cols[grid] + 0.5, rows[grid] + 0.5], 1)
+    far = cKDTree(at * pixel_nm).query(places * pixel_nm)[0] > HEAT_SIGMA_NM
+    return np.asarray(places[far])
 
 
 def blocks_of(frame: Frame) -> list[Frame]:

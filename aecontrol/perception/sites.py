@@ -85,7 +85,7 @@ class Missing:
 class Sites:
     """``label`` [n] and ``grain`` [n] (-1: none) of every found atom, the missing ones, and the crystal's summary.
 
-    ``note`` says why there is no lattice, where there is none; ``unit`` is that of lengths, "nm" or "px"."""
+    ``note`` says why there is no lattice, or why nothing depleted is told; ``unit`` is that of lengths."""
 
     label: NDArray[np.str_]
     grain: Ints
@@ -190,7 +190,9 @@ def _judge(
     sublattices = tuple(
         _summary(name, xy, table, on & (kind == k), full.amplitude, missing) for k, name in enumerate(names)
     )
-    return Sites(label, grain, missing, sublattices, tuple(_shapes(grains, table, kind, names)), unit)
+    unlike = ", ".join(names[k] for k in full.unlike)
+    note = f"the columns {unlike} differ too much in brightness to tell half-empty ones" if unlike else None
+    return Sites(label, grain, missing, sublattices, tuple(_shapes(grains, table, kind, names)), unit, note)
 
 
 def _tabulate(xy: Floats, sigma: Floats, grains: tuple[Grain, ...], size: tuple[float, float]) -> _Table:

@@ -1,13 +1,15 @@
-"""What adaptation to a session's own frames gains where the shipped weights see badly: a scan that is far less steady
-than any in training.
+"""What adaptation to a session's own frames gains where the shipped weights see badly: an unsteady scan, or a slow
+detector, as in no training scene.
 
-    python -m tests.benchmarks.adapt [--weights FILE] [--material mos2] [--counts 100] [--jitter-nm 0.05] [--frames 4]
+    python -m tests.benchmarks.adapt [--weights FILE] [--material mos2] [--counts 1000] [--jitter-nm 0.05]
+        [--afterglow 0] [--oracle] [--frames 4]
 
-Frames of 7.7 nm are drawn by the training scenes' simulator (other seeds, no nuisances), finely; every line is then
-displaced along itself by a random whole number of fine pixels (normal, ``--jitter-nm``; training knows up to 0.015 nm)
-and pixels are summed to 0.03 nm, which keeps counts Poisson. The ensemble is adapted to ``--frames`` of them without
-their truth, and judged with the truth on as many others, which adaptation never saw. Also printed: the same with the
-true labels in place of its own, which no session has: the most that this training could gain.
+Frames of 7.7 nm are drawn by the training scenes' simulator (other seeds, no nuisances), finely. Every line is then
+displaced along itself by a random whole number of fine pixels (normal, ``--jitter-nm``; training knows up to 0.015 nm),
+pixels are summed to 0.03 nm, and the share ``--afterglow`` of the electrons is counted later by a time of 8 pixels on
+average: counts stay Poisson. The ensemble is adapted to ``--frames`` of them without their truth, and judged with the
+truth on as many others, which adaptation never saw. ``--oracle``: the same with the true labels in place of its own,
+which no session has: the most that this training could gain.
 """
 
 from __future__ import annotations
@@ -23,17 +25,26 @@ from aecontrol.perception.adapt import Adaptation, adapt
 from aecontrol.perception.finder import AtomFinder
 from aecontrol.perception.guards import GATE_NM, look
 from aecontrol.perception.learn_atoms import Scene, match
-from aecontrol.perception.own_frames import Block, Frame
+from aecontrol.perception.own_frames import Block, Frame, label
 from simulators.crystal_scenes import CrystalScenes
 
 FINE_NM, BINS, FINE_PX = 0.01, 3, 768
+DECAY_PX = 8
 
 
-def unsteady(scene: Scene, jitter_nm: float, rng: np.random.Generator) -> Block:
-    """The scene on pixels ``BINS`` times as large, its lines displaced."""
+def unsteady(scene: Scene, jitter_nm: float, afterglow: float, rng: np.random.Generator) -> Block:
+    """The scene on pixels ``BINS`` times as large, its lines displaced and smeared."""
     rows = scene.image.reshape(-1, BINS, scene.image.shape[1])
     moved = [np.roll(line, round(rng.normal(0, jitter_nm / FINE_NM)), axis=1) for line in rows]
     image = np.stack(moved).sum(1).reshape(len(rows), -1, BINS).sum(2)
+    counts = image.astype(np.int64).ravel()
+    late = rng.binomial(counts, afterglow)
+    seen = counts - late
+    for lag in range(1, 5 * DECAY_PX):
+        now = rng.binomial(late, 1 - np.exp(-1 / DECAY_PX))
+        late -= now
+        seen[lag:] += now[:-lag]
+    image = seen.reshape(image.shape)
     pixel = BINS * FINE_NM
     return Block(image.astype(np.float32), (pixel, pixel), scene.positions_px / BINS, scene.wanted)
 
@@ -54,8 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--material", default="mos2")
-    parser.add_argument("--counts", type=float, default=100.0)
+    parser.add_argument("--counts", type=float, default=1000.0)
     parser.add_argument("--jitter-nm", type=float, default=0.05)
+    parser.add_argument("--afterglow", type=float, default=0.0)
     parser.add_argument("--frames", type=int, default=4)
     parser.add_argument("--steps", type=int, default=Adaptation().steps)
     parser.add_argument("--rounds", type=int, default=Adaptation().rounds)
@@ -65,7 +77,9 @@ def main() -> None:
     dose = (options.counts, options.counts)
     scenes = CrystalScenes.model_validate({**fixed, "materials": (options.material,), "counts": dose})
     rng = np.random.default_rng(9)
-    truths = [unsteady(scenes.render(9, k), options.jitter_nm, rng) for k in range(2 * options.frames)]
+    truths = [
+        unsteady(scenes.render(9, k), options.jitter_nm, options.afterglow, rng) for k in range(2 * options.frames)
+    ]
     own, others = truths[: options.frames], truths[options.frames :]
     frames = [Frame(str(k), block.image, block.pixel_size_nm) for k, block in enumerate(own)]
     settings = Adaptation(steps=options.steps, rounds=options.rounds)
@@ -78,12 +92,10 @@ def main() -> None:
         image = np.asarray(frame.image, dtype=np.float32)
         return Block(image, frame.pixel_size_nm, whole.positions_px - [left, top], whole.wanted)
 
-    for what, extra in (("own labels", {}), ("true labels", {"teach": told})):
-        if extra and not options.oracle:
-            continue
+    for what, teach in (("own labels", label), ("true labels", told))[: 1 + options.oracle]:
         with tempfile.TemporaryDirectory() as folder:
             started = time.process_time()
-            card = adapt(frames, Path(folder) / "out", settings, options.weights, **extra)
+            card = adapt(frames, Path(folder) / "out", settings, options.weights, teach=teach)
             used = time.process_time() - started
             print(f"{what}: accepted {card['accepted']} {card['reason']} ({used:.0f} s of one core)")
             print(f"  examination before: {card['before']}")

@@ -65,6 +65,16 @@ def exam():
     return Exam([HeldOut.read(scene, 0)], [Block(other, (PIXEL, PIXEL), there, np.ones(len(there), dtype=bool))])
 
 
+@pytest.fixture(scope="module")
+def poor(exam):
+    return exam.sit(Altered(keep=0.8))
+
+
+@pytest.fixture(scope="module")
+def good(exam):
+    return exam.sit(Altered())
+
+
 def test_only_atoms_are_taught_and_vacancies_are_not():
     image, atoms, vacant = sheet(0)
     taught = label(Frame("", image, (PIXEL, PIXEL)), AtomFinder())
@@ -95,7 +105,7 @@ def test_spots_are_linear_and_their_fit_exact():
 @pytest.mark.parametrize("gain", [1.0, 7.3])
 def test_halves_share_the_specimen_but_no_noise(gain):
     image, atoms, _ = sheet(3, pixels=128)
-    piece = HeldOut(gain * image.astype(float), (PIXEL, PIXEL), *atoms.T, BLUR, 0)
+    piece = HeldOut(gain * image.astype(float), (PIXEL, PIXEL), *atoms.T, len(atoms), BLUR, 0)
     first, other = piece.halves
     assert np.allclose(first + other, piece.image)
     seen = explain(piece.image, Spots(*atoms.T, BLUR, image.shape, piece.pixel_nm))
@@ -105,18 +115,23 @@ def test_halves_share_the_specimen_but_no_noise(gain):
     assert 0.8 < noise[0].var() < 1.2
 
 
-def test_better_eyes_pass_and_worse_ones_are_refused(exam):
-    poor, good = exam.sit(Altered(keep=0.8)), exam.sit(Altered())
+def test_better_eyes_pass_and_worse_ones_are_refused(poor, good):
     assert refusals(poor, good) == []
     assert any("foretell" in reason for reason in refusals(good, poor))
     assert any("do not foretell" in reason for reason in refusals(good, good))
 
 
-def test_networks_that_paint_the_perfect_lattice_are_refused(exam):
+def test_networks_that_paint_the_perfect_lattice_are_refused(exam, poor):
     _, atoms, vacant = sheet(1)
-    before, after = exam.sit(Altered(keep=0.8)), exam.sit(Altered(painted=np.concatenate([atoms, vacant])))
+    before, after = poor, exam.sit(Altered(painted=np.concatenate([atoms, vacant])))
     assert before.marks.vacancies > 0.9 > 0.1 > after.marks.vacancies
     assert any("emptied sites" in reason for reason in refusals(before, after))
+
+
+def test_where_spots_do_not_explain_the_counts_nothing_is_accepted(poor, good):
+    assert 0.9 < poor.marks.explained < 1.1
+    smeared = replace(poor, marks=poor.marks.model_copy(update={"explained": 1.2}))
+    assert any("spots" in reason for reason in refusals(smeared, good))
 
 
 def test_ruined_networks_leave_a_card_that_says_why_and_no_weights(tmp_path):
@@ -128,6 +143,22 @@ def test_ruined_networks_leave_a_card_that_says_why_and_no_weights(tmp_path):
     assert json.loads((tmp_path / "out" / "atoms.json").read_text()) == card
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["atoms.json"]
     assert not set(card["blocks_learnt"]) & set(card["blocks_held_out"])
+
+
+@pytest.mark.slow
+def test_an_ensemble_that_was_taught_the_perfect_lattice_is_refused(tmp_path):
+    """The whole way, with labels that complete the lattice over its vacancies."""
+    image, atoms, vacant = sheet(5, 150.0, vacant=0.3)
+    sites = np.concatenate([atoms, vacant])
+
+    def complete(frame, _):
+        top, left = (int(n) for n in frame.name.partition("[")[2][:-1].split(","))
+        return Block(frame.image, frame.pixel_size_nm, sites - [left, top], np.ones(len(sites), dtype=bool))
+
+    settings = Adaptation(rounds=1, steps=60, batch=4, patch_px=64, exam_scenes=4)
+    card = adapt([Frame("", image, (PIXEL, PIXEL))], tmp_path, settings, teach=complete)
+    assert any("emptied sites" in reason for reason in card["rounds"][0]["refused"])
+    assert not card["accepted"]
 
 
 def test_blocks_cover_a_frame_once():
