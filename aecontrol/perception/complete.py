@@ -22,9 +22,10 @@ Bools = NDArray[np.bool_]
 
 FIRST_BLUR_NM = 0.045
 """Where the fit of the columns' common width starts."""
-UNSURE_NM = 0.016
-"""A column placed by its own counts no better than this is drawn to its site: three errors would be 0.05 nm, at which a
-column counts as missed. Columns of 30 counts and more are better known, most of them even in graphene."""
+UNSURE_NM = 0.0175
+"""Columns of a sublattice that their own counts place no better than this (median) are drawn to their sites: three
+errors would be 0.05 nm, at which a column counts as missed. From 30 counts on they are better known, even in
+graphene."""
 _GROWTH = 4
 """Cells by which a grain may grow in a round, and the rounds."""
 _ROUNDS = 5
@@ -45,12 +46,13 @@ _PHANTOM = 4.0
 @dataclass(frozen=True)
 class Candidates:
     """Atoms to refine, n of them, at ``xy`` [n, 2] with the probability ``confidence`` of being there; ``peak`` [n] is
-    the find at the place (-1: none, the lattice ``completed`` it). ``site`` [n, 2] is where the neighbours put it and
-    ``scatter`` [n] by how much it may be off (NaN and infinite for atoms of no crystal)."""
+    the find at the place (-1: none, the lattice ``completed`` it). ``sublattice`` [n] is its number (-1: of no
+    crystal), ``site`` [n, 2] where the neighbours put it and ``scatter`` [n] by how much it may be off."""
 
     xy: Floats
     confidence: Floats
     peak: Ints
+    sublattice: Ints
     site: Floats
     scatter: Floats
 
@@ -62,10 +64,12 @@ class Candidates:
     def settled(self, xy: Floats, sigma: Floats) -> tuple[Floats, Floats]:
         """Positions and standard errors [n, 2] after refinement to these: posterior means and widths.
 
-        A position that its counts leave worse than ``UNSURE_NM`` is weighed against its site, as narrowly as the
-        sublattice was measured to scatter; all others stay what the image says.
+        Sublattices whose counts leave their columns worse than ``UNSURE_NM`` are weighed against their sites, as
+        narrowly as they were measured to scatter; all others stay what the image says.
         """
-        unsure = np.isfinite(self.scatter) & (sigma.max(1) > UNSURE_NM)
+        error = sigma.max(1)
+        faint = [k for k in np.unique(self.sublattice) if np.median(error[self.sublattice == k]) > UNSURE_NM]
+        unsure = np.isfinite(self.scatter) & np.isin(self.sublattice, faint)
         own, prior = sigma[unsure] ** -2.0, self.scatter[unsure, None] ** -2.0
         xy, sigma = xy.copy(), sigma.copy()
         xy[unsure] = (own * xy[unsure] + prior * self.site[unsure]) / (own + prior)
@@ -115,7 +119,8 @@ def complete(
 
 def _as_found(xy: Floats, confidence: Floats, rows: Ints) -> Candidates:
     nowhere = np.full((len(rows), 2), np.nan)
-    return Candidates(xy[rows], confidence[rows], rows, nowhere, np.full(len(rows), np.inf))
+    none = np.full(len(rows), -1)
+    return Candidates(xy[rows], confidence[rows], rows, none, nowhere, np.full(len(rows), np.inf))
 
 
 def _pool(grains: list[Grain], weights: list[Floats], xy: Floats, size: Floats) -> _Pool:
@@ -236,8 +241,10 @@ def _chosen(pool: _Pool, view: _View, xy: Floats, confidence: Floats, threshold:
     certain = np.where(view.inside, view.probability, said)
     keep = (certain >= threshold) & (pool.framed | (pool.peak >= 0))
     scatter = np.full(len(view.xy), np.inf)
-    for kind in np.unique(np.stack([pool.grain, pool.site], 1), axis=0):
-        mine = view.good & (pool.grain == kind[0]) & (pool.site == kind[1])
+    _, sublattice = np.unique(np.stack([pool.grain, pool.site], 1), axis=0, return_inverse=True)
+    sublattice = sublattice.ravel()
+    for kind in range(int(sublattice.max()) + 1):
+        mine = view.good & (sublattice == kind)
         if mine.any():
             scatter[mine] = _scatter(view.step[mine], view.error[mine])
     spacing = float(np.median(cKDTree(view.xy).query(view.xy, k=2)[0][:, 1]))
@@ -253,6 +260,7 @@ def _chosen(pool: _Pool, view: _View, xy: Floats, confidence: Floats, threshold:
         np.concatenate([at[keep], found.xy]),
         np.concatenate([certain[keep], found.confidence]),
         np.concatenate([pool.peak[keep], found.peak]),
+        np.concatenate([sublattice[keep], found.sublattice]),
         np.concatenate([view.xy[keep], found.site]),
         np.concatenate([scatter[keep], found.scatter]),
     )

@@ -96,7 +96,7 @@ def test_without_a_crystal_the_finds_stay_as_they_were(counts):
 def test_counts_and_lattice_are_weighed_by_their_precision(sigma, scatter, off):
     at, error = np.array([[off, 0.0]]), np.array([[sigma, sigma]])
     one = np.ones(1)
-    candidates = Candidates(at, one, np.array([0]), np.zeros((1, 2)), scatter * one)
+    candidates = Candidates(at, one, np.array([0]), np.array([0]), np.zeros((1, 2)), scatter * one)
     xy, posterior = candidates.settled(at, error)
     if sigma <= UNSURE_NM:  # well seen: the lattice has no say
         assert (xy == at).all()
