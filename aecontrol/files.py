@@ -167,7 +167,7 @@ def _only_image(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]
             images.append(member)
     if len(images) != 1:
         found = "no array that looks like an image" if not images else f"{len(images)} images"
-        raise BadInput(f"{name} holds {found}", f"name one with `key`: {_listed(images or members)}")
+        raise BadInput(f"{name} holds {found}", f"name one with `key` (--channel): {_listed(images or members)}")
     return images[0]
 
 
@@ -249,7 +249,7 @@ def _choose_signal(signals: list[dict[str, Any]], path: Path, key: str | None, r
         hits = [n for n, shape in enumerate(shapes) if sum(length > 1 for length in shape) == 2]
     if len(hits) != 1:
         what = f"no image {key!r}" if key is not None and not hits else f"{len(hits)} images that fit"
-        raise BadInput(f"{path.name} holds {what}", f"name one with `key`, by title or number: {offered[:2000]}")
+        raise BadInput(f"{path.name} holds {what}", f"name one with `key` (--channel), by title or number: {offered[:2000]}")
     signal = signals[hits[0]]
     data = signal["data"]
     if math.prod(data.shape) * data.dtype.itemsize > SIZE_LIMIT_BYTES:

@@ -111,6 +111,8 @@ def _mark(ax: Axes, result: dict[str, Any], colours: dict[str, str], box: Box, s
     """Atoms as dots (from afar) or rings with a point (near), as large as ``step``, their distance on paper, allows."""
     for label, colour in colours.items():
         x, y = _inside([atom for atom in result["atoms"] if atom["label"] == label], box)
+        if len(x) == 0:
+            continue
         if near:
             ax.scatter(
                 x,
