@@ -39,6 +39,9 @@ _HELD = 0.6
 """Share of the nearest sites that hold an atom inside of a crystal."""
 _OFF = 0.1
 """Share of the shortest distance by which columns may scatter about their sites beyond their errors."""
+_FAINTEST = 0.15
+"""Share of the brightness of a sublattice's found columns below which nothing is added to it: in a hole the local
+level of a full column sinks to that of what light leaks into it."""
 _PHANTOM = 4.0
 """Standard errors below which a find between the sites of a crystal is noise."""
 
@@ -187,6 +190,7 @@ def _look(data: Floats, pixel: tuple[float, float], pool: _Pool, xy: Floats, blu
     kind = np.concatenate([np.where(few, -1, kind.ravel()), np.full(len(other), -1)])
     filled = occupation(fit, kind, kind >= 0)
     probability = 1 - filled.probability[:n, 0]
+    probability[_faint(kind[:n], pool.peak >= 0, filled.amplitude[:n])] = 0.0
     level = np.concatenate([filled.level[:n], np.maximum(fit.amplitude[n:], 0.0)])
     around = near[1][:, 1:]
     for _ in range(_DRIFTS):
@@ -214,6 +218,15 @@ def _look(data: Floats, pixel: tuple[float, float], pool: _Pool, xy: Floats, blu
         other,
         significance,
     )
+
+
+def _faint(kind: Ints, seen: Bools, amplitude: Floats) -> Bools:
+    """Which of the sites [n] that no find stands on are too dim for columns of their class ``kind`` (-1: none)."""
+    faint = np.zeros(len(kind), dtype=bool)
+    for k in np.unique(kind[seen & (kind >= 0)]):
+        mine = kind == k
+        faint |= mine & ~seen & (amplitude < _FAINTEST * np.median(amplitude[mine & seen]))
+    return faint
 
 
 def _regrown(grains: list[Grain], pool: _Pool, view: _View, first: bool) -> tuple[list[Grain], list[Floats]]:

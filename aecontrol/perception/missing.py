@@ -316,8 +316,8 @@ def _log_gauss(a: Floats, v: Floats, of: _Levels) -> Floats:
 
 def _variances(a: Floats, s: Floats, at: Floats) -> Floats:
     """Variance [n, 3] of a column's amplitude in each state: ``s`` is that at ``a``; counts make it a line in it."""
-    slope, zero = np.polyfit(a, s**2, 1)
-    slope = max(float(slope), 0.0)
+    off = a - a.mean()
+    slope = max(float(off @ s**2) / max(float(off @ off), 1e-30), 0.0)
     zero = max(float(np.mean(s**2) - slope * a.mean()), 0.1 * float(np.mean(s**2)))
     line = np.maximum(zero + slope * np.append(at, 0.0), 0.1 * zero)
     return np.asarray(s[:, None] ** 2 * line[:3] / np.maximum(zero + slope * a, 0.1 * zero)[:, None])
@@ -384,6 +384,6 @@ def _neighbours(xy: Floats) -> tuple[Ints, Floats]:
     """The 24 nearest other sites of a class and their weights, falling over one and a half times its spacing."""
     from scipy.spatial import cKDTree
 
-    distance, index = cKDTree(xy).query(xy, k=min(25, len(xy)))
+    distance, index = cKDTree(xy).query(xy, k=np.arange(1, min(25, len(xy)) + 1))
     width = 1.5 * float(np.median(distance[:, min(1, distance.shape[1] - 1)])) + 1e-300
     return index[:, 1:], np.exp(-0.5 * (distance[:, 1:] / width) ** 2)

@@ -139,6 +139,8 @@ def noise_gain(image: Pixels) -> tuple[float | None, str]:
     variance = np.array([square[g].mean() for g in groups])
     if not np.ptp(at) > 0:
         return None, "the image is too small or constant"
+    if not variance.max() > 1e-30 * np.ptp(at) ** 2:
+        return None, "the image holds no noise"
     if data.min() >= 0 and (data == np.round(data)).all():
         ratio = variance.sum() / at.sum()
         bright = variance[8:].sum() / at[8:].sum()

@@ -97,8 +97,8 @@ def refine(image: NDArray[Any], x: Floats, y: Floats, pixel_size_nm: tuple[float
 
     if len(x) == 0:
         none = np.zeros(0)
-        return Fit(none, none, none, none, none, none, float(np.mean(image)), None)
-    offset, unit = float(np.median(image)), float(np.std(image)) or 1.0
+        return Fit(none, none, none, none, none, none, float(np.mean(image, dtype=np.float64)), None)
+    offset, unit = float(np.median(image)), float(np.std(image, dtype=np.float64)) or 1.0
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     tiles = _tiles(np.shape(image), pixel_size_nm)
     counts = [tile.core(x, y).sum() for tile in tiles]

@@ -346,3 +346,8 @@ def test_the_gain_is_read_off_the_noise(gain, offset):
     told, basis = noise_gain(image)
     assert told == pytest.approx(gain, rel=0.1)
     assert (basis == "the image holds counts") == (offset == 0)
+
+
+@pytest.mark.parametrize("row", [np.arange(64.0), np.arange(64.0) ** 2, np.random.default_rng(0).poisson(10, 64)])
+def test_an_image_of_equal_rows_has_no_noise_to_read_a_gain_off(row):
+    assert noise_gain(np.tile(row, (64, 1))) == (None, "the image holds no noise")

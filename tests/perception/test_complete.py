@@ -106,6 +106,17 @@ def test_counts_and_lattice_are_weighed_by_their_precision(sigma, scatter, off):
         assert posterior.max() < min(sigma, scatter)
 
 
+@pytest.mark.parametrize("name", ["graphene", "MoS2"])
+def test_nothing_is_painted_into_a_large_hole_of_a_bright_crystal(name):
+    """In its middle all 24 nearest sites are empty: their level must not pass for that of full columns."""
+    xy, _, counts = crystal(name, SIZE)
+    there = np.hypot(*(xy - 2.5).T) > 1.5
+    xy = (xy + np.random.default_rng(1).normal(0, 0.005, xy.shape))[there]
+    image = draw(xy, 3 * counts[there], SIZE, 1, background=1.25)
+    got = complete(image, (PIXEL, PIXEL), xy, np.ones(len(xy)), 0.5)
+    assert cKDTree(xy).query(got.xy)[0].max() < 0.06
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("material", [*find_f1.TRAINED, *find_f1.UNSEEN])
 @pytest.mark.parametrize(("counts", "least"), [(10.0, 0.92), (50.0, 0.98)])

@@ -130,3 +130,12 @@ def test_tiles_do_not_show_and_axes_are_alike(monkeypatch):
     assert np.median(off) < 0.1
     assert off.max() < 0.5
     assert np.median(tiled.intensity[:n] / whole.intensity[:n]) == pytest.approx(1, rel=0.02)
+
+
+def test_half_precision_does_not_overflow():
+    rng = np.random.default_rng(9)
+    at = np.array([[0.3, 0.3], [0.55, 0.32]])
+    image = (60 * rng.poisson(expected(at, np.full(2, 300.0), 70) + 1)).astype(np.float16)
+    half, double = (fitted(im, at, np.random.default_rng(0))[0] for im in (image, image.astype(np.float64)))
+    np.testing.assert_array_equal(half.x, double.x)
+    np.testing.assert_array_equal(half.intensity, double.intensity)

@@ -260,6 +260,22 @@ def test_the_cell_found_is_the_cell_drawn(a, ratio, gamma, turn, unit):
     assert np.abs(grain.departure).max() < 1e-6 * unit
 
 
+@pytest.mark.parametrize("inner", [1, 2, 3])
+def test_a_class_of_which_few_sites_are_inside_is_judged_too(inner):
+    """A chequered crystal so small that one class has ``inner`` sites with neighbours all around."""
+    steps = np.array([(i, j) for j in range(4) for i in range(4 + inner // 2)])
+    xy = 0.4 + 0.2 * steps
+    if inner == 1:
+        xy, steps = xy[:17], steps[:17]
+        keep = ~((steps == 0).all(1) | (steps == (3, 3)).all(1))
+        extra = np.array([[0.4 + 0.2 * 4, 0.6], [0.4 + 0.2 * 4, 0.8]])
+        xy, steps = np.concatenate([xy[keep], extra]), np.concatenate([steps[keep], [[4, 1], [4, 2]]])
+    counts = np.where(steps.sum(1) % 2, 600.0, 300.0)
+    sites = named(xy, counts, size_nm=1.8)
+    assert len(sites.grains) == 1
+    assert len(sites.missing) == 0
+
+
 def test_bad_input_is_refused():
     xy, _, counts = crystal("MoS2")
     found, image = seen(xy, counts), draw(xy, counts).astype(float)
