@@ -177,9 +177,9 @@ def _look(data: Floats, pixel: tuple[float, float], pool: _Pool, xy: Floats, blu
     other = np.setdiff1d(np.arange(len(xy)), pool.peak)
     columns = np.concatenate([pool.xy, xy[other]])
     fit = AmplitudeFit(data, pixel, columns, np.zeros(len(columns)), blur, spacing)
-    _, kind, number = np.unique(np.stack([pool.grain, pool.site], 1), axis=0, return_inverse=True, return_counts=True)
-    few = number[kind.ravel()] <= _AROUND
-    kind = np.concatenate([np.where(few, -1, kind.ravel()), np.full(len(other), -1)])
+    kind = pool.grain * (pool.site.max() + 1) + pool.site
+    few = np.bincount(kind)[kind] <= _AROUND
+    kind = np.concatenate([np.where(few, -1, kind), np.full(len(other), -1)])
     filled = occupation(fit, kind, kind >= 0)
     probability = 1 - filled.probability[:n, 0]
     level = np.concatenate([filled.level[:n], np.maximum(fit.amplitude[n:], 0.0)])
