@@ -46,11 +46,12 @@ class Drawn:
         # every row holds k pixels, the same ones of share 0 again where a window leaves the frame
         starts = np.arange(0, n * k + 1, k, dtype=np.int32)
         self._matrix = csr_matrix((share.ravel(), index.ravel(), starts), (n, shape[0] * shape[1]))
+        self._transposed = self._matrix.T
         self._window = window
 
     def draw(self, amplitude: Floats) -> Floats:
         """The image [rows, cols] of columns with these integrals [n]."""
-        return np.asarray(self._matrix.T @ amplitude).reshape(self.shape)
+        return np.asarray(self._transposed @ amplitude).reshape(self.shape)
 
     def project(self, image: Floats) -> Floats:
         """Inner product [n] of every spot with an image."""
@@ -58,11 +59,9 @@ class Drawn:
 
     def squares(self, weight: Floats) -> Floats:
         """Sum [n] of every spot's squares times ``weight`` [rows, cols]."""
-        flat, total = weight.ravel(), np.empty(self._window[0])
-        for rows in _chunks(len(total)):
-            index, share = self.windows(rows)
-            total[rows] = np.einsum("np,np->n", share * share, flat[index])
-        return total
+        drawn = self._matrix
+        square = type(drawn)((drawn.data**2, drawn.indices, drawn.indptr), drawn.shape)
+        return np.asarray(square @ weight.ravel())
 
     def windows(self, rows: slice | Ints) -> tuple[NDArray[np.int32], Floats]:
         """Flat pixel indices and shares [m, k] of some columns."""

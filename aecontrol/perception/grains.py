@@ -25,7 +25,7 @@ _PATCH = 150
 _WIDEST = 2.0
 """Half width of a patch in nearest-neighbour distances times the root of its atoms: crystals hold at least an eighth of
 the atoms that close packing would."""
-_TRIED = 2000
+_TRIED = 500
 """Free atoms among which the patches' centres are sought."""
 _NEIGHBOURS = 12
 _REACH = 0.2

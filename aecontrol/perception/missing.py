@@ -33,9 +33,13 @@ _KNOTS = 12.0
 recall at 4, 1 % at 12)."""
 _BLOCKS = 12
 """Blocks of pixels between knots, on which the knots' functions are flat for the normal equations."""
+_STRIP = 2**15
+"""Pixels that the normal equations are summed over at once."""
 _SOLVER_STEPS = 8
 _ROUNDS = 4
 """Of levels and amplitudes: at 10 counts, half as many lose a tenth of the empty sites that an oracle tells."""
+_SETTLED = 0.1
+"""Root mean square move of the amplitudes, in their standard errors, after which no further round is needed."""
 _HALF = (0.5, 0.05)
 """Level of a half-filled column over that of a full one: 0.41 to 0.55 for one S of two in multislice calculations."""
 _EMPTY = (0.0, 0.03)
@@ -233,8 +237,10 @@ class _System:
         ends = np.append(starts[0], len(weight))
         normal = np.empty((size, size, *(len(s) for s in starts)))
         right = np.empty(normal.shape[1:])
-        for first in range(0, len(starts[0]), 8):  # few rows at a time stay in the processor's cache
-            last = min(first + 8, len(starts[0]))
+        # as many rows at a time as stay in the processor's cache
+        strip = max(1, _STRIP // (int(ends[1]) * weight.shape[1]))
+        for first in range(0, len(starts[0]), strip):
+            last = min(first + strip, len(starts[0]))
             rows, edges = slice(ends[first], ends[last]), starts[0][first:last] - ends[first]
 
             def summed(image: Floats, edges: Ints = edges) -> Floats:
@@ -324,7 +330,10 @@ def occupation(fit: AmplitudeFit, kind: Ints, judged: Bools) -> Occupation:
             prior = np.log(local_shares(p, levels[k].share, near[k]))
             probability[mine] = normalised(_log_gauss(a, v, levels[k]) + prior)
             aim[mine] = _expected(a, v, levels[k], probability[mine]) * level[mine]
+        moved = float(np.mean(((aim - amplitude) / sigma) ** 2))
         amplitude = amplitude + 0.8 * (aim - amplitude)
+        if moved < _SETTLED**2:
+            break
     for k in classes:
         probability[judged & (kind == k)] = _by_counts(scene, amplitude, level, k, levels[k], probability)
     unlike = tuple(k for k in classes if levels[k].spread > _UNLIKE)
@@ -366,8 +375,8 @@ def _log_gauss(a: Floats, v: Floats, of: _Levels) -> Floats:
 
 def _variances(a: Floats, s: Floats, at: Floats) -> Floats:
     """Variance [n, 3] of a column's amplitude in each state: ``s`` is that at ``a``; counts make it a line in it."""
-    slope, zero = np.polyfit(a, s**2, 1)
-    slope = max(float(slope), 0.0)
+    off = a - a.mean()
+    slope = max(float(off @ s**2) / (float(off @ off) + 1e-300), 0.0)
     zero = max(float(np.mean(s**2) - slope * a.mean()), 0.1 * float(np.mean(s**2)))
     line = np.maximum(zero + slope * np.append(at, 0.0), 0.1 * zero)
     return np.asarray(s[:, None] ** 2 * line[:3] / np.maximum(zero + slope * a, 0.1 * zero)[:, None])
