@@ -136,13 +136,12 @@ def draw_spots(
     pixel_size_nm: tuple[float, float],
     sigma_nm: float,
     tail: float,
-    reach_nm: float = _REACH_NM,
 ) -> Spots:
-    """Spots (core and tail Gaussian, sampled at pixel centres within ``reach_nm``) around every position [n, 2] nm."""
+    """Spots (core and tail Gaussian, sampled at pixel centres within ``_REACH_NM``) around every position [n, 2] nm."""
     offsets: list[NDArray[np.int64]] = []
     axes: list[list[Array]] = []
     for axis, (size, count) in enumerate(zip(pixel_size_nm, (shape[1], shape[0]), strict=True)):
-        half = math.ceil(reach_nm / size)
+        half = math.ceil(_REACH_NM / size)
         pixel = np.floor(xy_nm[:, axis] / size).astype(np.int64)[:, None] + np.arange(-half, half + 1)
         distance = (pixel + 0.5) * size - xy_nm[:, axis, None]
         inside = (pixel >= 0) & (pixel < count)
@@ -374,7 +373,7 @@ def local_shares(probability: Array, fractions: Array, near: tuple[NDArray[np.in
     """Shares of the states around every column, itself left out, shrunk to the frame's mean by its ``_strength``."""
     index, weight = near
     strength = _strength(probability, near)
-    local = (weight[..., None] * probability[index]).sum(1)
+    local = np.einsum("nk,nkc->nc", weight, probability[index])
     return np.asarray((local + strength * fractions) / (weight.sum(1)[:, None] + strength))
 
 
@@ -388,7 +387,7 @@ def _strength(probability: Array, near: tuple[NDArray[np.int64], Array]) -> floa
     full = probability[:, -1]
     off = full - full.mean()
     total = np.maximum(weight.sum(1), 1e-12)
-    covariance = float(np.mean(off * (weight * off[index]).sum(1) / total))
+    covariance = float(np.mean(off * np.einsum("nk,nk->n", weight, off[index]) / total))
     spread = float(full.mean() * (1 - full.mean())) + 1e-12
     # n columns with the kernel's number of neighbours each, every pair met twice
     doubt = spread / math.sqrt(max(len(full) * float(total.mean()) * 0.7, 1.0))

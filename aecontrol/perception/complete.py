@@ -135,8 +135,12 @@ def _pool(grains: list[Grain], weights: list[Floats], xy: Floats, size: Floats) 
     parts = []
     for number, (grain, weight) in enumerate(zip(grains, weights, strict=True)):
         cell, site, _ = grain.around(_GROWTH)
+        # a predicted place is off the ideal one by no more than the atoms are
+        rim = 0.5 * grain.spacing
+        near = _within(grain.ideal(cell, site), size, rim + float(np.abs(grain.departure).max()))
+        cell, site = cell[near], site[near]
         at = grain.predict(cell, site, weight)
-        keep = ((at > -0.5 * grain.spacing) & (at < size + 0.5 * grain.spacing)).all(1)
+        keep = _within(at, size, rim)
         keep &= owner[tree.query(at)[1]] == number
         parts.append((at[keep], np.full(keep.sum(), number), cell[keep], site[keep]))
     at, owned, cell, site = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -154,6 +158,11 @@ def _pool(grains: list[Grain], weights: list[Floats], xy: Floats, size: Floats) 
     peak[order[again]] = -1
     framed = np.asarray(((at >= 0) & (at <= size)).all(1))
     return _Pool(at, owned[keep], cell[keep], site[keep], peak, framed)
+
+
+def _within(at: Floats, size: Floats, rim: float) -> Bools:
+    """Which places [n, 2] are in the frame or closer to it than ``rim``."""
+    return np.asarray(((at > -rim) & (at < size + rim)).all(1))
 
 
 @dataclass(frozen=True)
@@ -185,9 +194,9 @@ def _look(data: Floats, pixel: tuple[float, float], pool: _Pool, xy: Floats, blu
     other = np.setdiff1d(np.arange(len(xy)), pool.peak)
     columns = np.concatenate([pool.xy, xy[other]])
     fit = AmplitudeFit(data, pixel, columns, np.zeros(len(columns)), blur, spacing)
-    _, kind, number = np.unique(np.stack([pool.grain, pool.site], 1), axis=0, return_inverse=True, return_counts=True)
-    few = number[kind.ravel()] <= _AROUND
-    kind = np.concatenate([np.where(few, -1, kind.ravel()), np.full(len(other), -1)])
+    kind = pool.grain * (pool.site.max() + 1) + pool.site
+    few = np.bincount(kind)[kind] <= _AROUND
+    kind = np.concatenate([np.where(few, -1, kind), np.full(len(other), -1)])
     filled = occupation(fit, kind, kind >= 0)
     probability = 1 - filled.probability[:n, 0]
     probability[_faint(kind[:n], pool.peak >= 0, filled.amplitude[:n])] = 0.0

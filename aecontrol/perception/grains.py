@@ -22,6 +22,11 @@ SMALLEST = 16
 """Fewest atoms of a grain, a choice: four cells by four of one column, below which rows of chance atoms occur."""
 _PATCH = 150
 """Atoms of the patch in which a cell is sought."""
+_WIDEST = 2.0
+"""Half width of a patch in nearest-neighbour distances times the root of its atoms: crystals hold at least an eighth of
+the atoms that close packing would."""
+_TRIED = 500
+"""Free atoms among which the patches' centres are sought."""
 _NEIGHBOURS = 12
 _REACH = 0.2
 """Two positions are the same site when closer than this share of the nearest-neighbour distance (a choice: a
@@ -136,15 +141,20 @@ def _best_cell(xy: Floats, free: Ints, apart: float) -> _Cell | None:
 
     tree = cKDTree(xy[free])
     count = min(_PATCH, len(free))
-    packed = tree.query(xy[free], k=[min(30, count)])[0][:, 0]
-    open_ = np.ones(len(free), dtype=bool)
+    tried = np.arange(0, len(free), -(-len(free) // _TRIED))
+    packed = tree.query(xy[free[tried]], k=[min(30, count)])[0][:, 0]
+    open_ = np.ones(len(tried), dtype=bool)
     best: _Cell | None = None
     for _ in range(_SEEDS):
         if not open_.any():
             break
-        seed = int(np.flatnonzero(open_)[np.argmin(packed[open_])])
+        seed = tried[np.flatnonzero(open_)[np.argmin(packed[open_])]]
         distance, patch = tree.query(xy[free[seed]], k=count)
-        open_[patch[distance <= 0.5 * distance[-1]]] = False
+        open_ &= np.hypot(*(xy[free[tried]] - xy[free[seed]]).T) > 0.5 * distance[-1]
+        # strays all over the frame are no patch
+        patch = patch[distance < _WIDEST * math.sqrt(_PATCH) * apart]
+        if len(patch) < SMALLEST:
+            continue
         found = _patch_cell(xy, free[patch], apart)
         if found is not None and (best is None or found.explained > best.explained):
             best = found
@@ -347,6 +357,8 @@ def enlarged(grain: Grain, xy: Floats, intensity: Floats) -> Grain:
     """
     from scipy.spatial import cKDTree
 
+    if np.ptp(intensity) == 0:
+        return grain
     # against the atoms around: thickness and layers of another brightness are no modulation
     around = cKDTree(xy).query(xy, k=min(_NEIGHBOURS + 1, len(xy)))[1]
     y = intensity - intensity[around].mean(1)
@@ -381,7 +393,9 @@ def _with_cell(grain: Grain, rows: Ints) -> Grain:
     scaled = grain.cell @ turn * int(np.sign(det))
     size = abs(det)
     rest = scaled % size
-    cosets, coset = np.unique(rest @ np.array([size, 1]), return_inverse=True)
+    number = rest @ np.array([size, 1])
+    cosets = np.flatnonzero(np.bincount(number, minlength=size**2))
+    coset = np.searchsorted(cosets, number)
     part = np.stack([cosets // size, cosets % size], 1) / size
     new = ((scaled - rest) // size).astype(np.int64)
     inner = grain.basis @ grain.vectors @ np.linalg.inv(vectors)

@@ -8,13 +8,14 @@ neighbours as they most probably are. Lengths are in the unit of the pixel sizes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .columns import Spots, draw_spots, local_shares, normalised
+from .columns import local_shares, normalised
+from .drawn import Drawn
+from .normal_blocks import System
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -27,14 +28,13 @@ _SHAPES = 2
 """Rounds of fitting the spot; more change nothing in the benchmarks, even where columns overlap as in graphene."""
 _SAMPLE = 1e4
 """Pixels that the noise's law is read from."""
-_REACH = 3.3
-"""Half width of a spot's window in standard deviations of its core."""
 _KNOTS = 12.0
 """Spacing of the background's knots in the columns' spacing: closer knots cost certainty (vacancy benchmark: 3 % of
 recall at 4, 1 % at 12)."""
-_SOLVER_STEPS = 8
 _ROUNDS = 4
 """Of levels and amplitudes: at 10 counts, half as many lose a tenth of the empty sites that an oracle tells."""
+_SETTLED = 0.1
+"""Root mean square move of the amplitudes, in their standard errors, after which no further round is needed."""
 _HALF = (0.5, 0.05)
 """Level of a half-filled column over that of a full one: 0.41 to 0.55 for one S of two in multislice calculations."""
 _EMPTY = (0.0, 0.03)
@@ -46,6 +46,8 @@ _SPREAD = (0.02**2, 0.2**2)
 _HERMITE = ((0.0, 8 / 15), (-1.3556, 0.2221), (1.3556, 0.2221), (-2.857, 0.01126), (2.857, 0.01126))
 """Places and weights of the mean over a normal distribution by five-point Gauss-Hermite quadrature."""
 _NO_DOUBT = 1e-3
+_CHUNK = 256
+"""Columns whose likelihoods are worked out at once."""
 _SHARES = np.array([1.0, 1.0, 8.0])
 """Prior observations of empty, half-filled and full sites."""
 
@@ -68,7 +70,7 @@ class _Scene:
     """The image as counts, with what is fixed: spots, background, and the class of every site (-1: of its own)."""
 
     counts: Floats
-    spots: Spots
+    spots: Drawn
     background: Floats
     kind: Ints
     judged: Bools
@@ -97,27 +99,26 @@ class AmplitudeFit:
         self.pixel = (pixel[0] * bins[0], pixel[1] * bins[1])
         self.xy, self.blur, self.tail = xy, blur, 0.1
         self.shape = (self.image.shape[0], self.image.shape[1])
-        self._hats = [_hats(n, p, _KNOTS * spacing) for n, p in zip(self.shape, self.pixel[::-1], strict=True)]
+        hats = [_hats(n, p, _KNOTS * spacing) for n, p in zip(self.shape, self.pixel[::-1], strict=True)]
+        self._hats = (hats[0], hats[1])
         self.amplitude = amplitude
         self.background = np.full(self.shape, float(np.quantile(self.image, 0.05)))
         self.gain, self.base = 1.0, 0.0
         weight = np.ones(self.shape)
         for _ in range(_SHAPES):
-            self.spots = draw_spots(xy, self.shape, self.pixel, self.blur, self.tail, _REACH * self.blur)
+            self.spots = Drawn(xy, self.shape, self.pixel, self.blur, self.tail)
             self._adjust(weight)
             self._reshape(weight)
             weight = self._weigh()
-        self.spots = draw_spots(xy, self.shape, self.pixel, self.blur, self.tail, _REACH * self.blur)
-        self.model = self.spots.draw(self.amplitude) + self.background
+        self.spots = Drawn(xy, self.shape, self.pixel, self.blur, self.tail)
 
     def _adjust(self, weight: Floats) -> None:
         """Amplitudes towards their least squares, each against its neighbours as they are."""
-        square = np.einsum("np,np,np->n", self.spots.share, self.spots.share, self.spots.gather(weight))
+        square = self.spots.squares(weight)
         inverse = np.divide(0.8, square, out=np.zeros_like(square), where=square > 1e-6 * np.median(square))
         for _ in range(2):
             residual = weight * (self.image - self.spots.draw(self.amplitude) - self.background)
-            step = np.einsum("np,np->n", self.spots.share, self.spots.gather(residual)) * inverse
-            self.amplitude = self.amplitude + step
+            self.amplitude = self.amplitude + self.spots.project(residual) * inverse
 
     def _reshape(self, weight: Floats) -> None:
         """Width and tail of the spot, with a smooth background and a smooth scale of the amplitudes free: one
@@ -136,30 +137,14 @@ class AmplitudeFit:
         wide = gaussian_filter(core, [math.sqrt(3) * a for a in at], mode="constant", truncate=3.0) - core
         unit = float(np.sqrt((weight * core**2).sum() / weight.sum())) + 1e-300
         core, curved, wide = core / unit, np.asarray(curved) / unit, wide / unit
-
-        def forward(v: Floats) -> Floats:
-            smooth = [hat_y @ v[i * n : (i + 1) * n].reshape(knots) @ hat_x.T for i in (0, 1)]
-            return np.asarray(smooth[0] + core * smooth[1] + v[-2] * curved + v[-1] * wide)
-
-        def backward(values: Floats) -> Floats:
-            smooth = [(hat_y.T @ part @ hat_x).ravel() for part in (values, values * core)]
-            return np.concatenate([*smooth, [(values * curved).sum(), (values * wide).sum()]])
-
-        def solve(residual: Floats) -> Floats:
-            squares = [(hat_y.T**2 @ (weight * part) @ hat_x**2).ravel() for part in (1.0, core**2)]
-            scale = np.concatenate([*squares, [(weight * curved**2).sum(), (weight * wide**2).sum()]])
-            inverse = 1 / (scale + 1e-12 * scale.max())
-            return _conjugate_gradients(lambda u: backward(weight * forward(u)), backward(weight * residual), inverse)
-
         residual = self.image - core * unit - self.background
-        v = solve(residual)
+        system = System.of(weight, residual, [core, curved, wide], self._hats)
+        v = system.solve()
         tail = float(np.clip(self.tail + v[-1] / unit, 0.0, 0.4))
         allowed = (tail - self.tail) * unit
         if allowed != v[-1]:
             # what a tail beyond its bounds would explain must not be left to the background it trades with
-            residual = residual - allowed * wide
-            wide = np.zeros_like(wide)
-            v = solve(residual)
+            v = system.without_last(allowed).solve()
         smooth = [hat_y @ v[i * n : (i + 1) * n].reshape(knots) @ hat_x.T for i in (0, 1)]
         self.background = self.background + smooth[0]
         col, row = np.clip((self.xy / self.pixel).astype(np.int64), 0, np.array(self.shape[::-1]) - 1).T
@@ -193,20 +178,15 @@ class AmplitudeFit:
         model = self.spots.draw(amplitude) + self.background
         variance = self.base + self.gain * model
         weight = 1 / np.maximum(variance, 0.02 * float(variance.mean()))
-        residual, weight = self.spots.gather(weight * (self.image - model)), self.spots.gather(weight)
-        row, col = np.divmod(self.spots.index, self.shape[1])
-        force, known = np.empty((len(amplitude), 2)), np.empty((len(amplitude), 2))
-        for axis, (number, size) in enumerate(zip((col, row), self.pixel, strict=True)):
-            slope = self.spots.share * ((number + 0.5) * size - self.xy[:, axis, None]) / self.blur**2
-            force[:, axis] = amplitude * np.einsum("np,np->n", slope, residual)
-            known[:, axis] = amplitude**2 * np.einsum("np,np,np->n", slope, slope, weight)
+        force, known = self.spots.pulls(weight * (self.image - model), weight)
+        force, known = amplitude[:, None] * force, amplitude[:, None] ** 2 * known
         known = np.maximum(known, 1e-9 * float(known.max()) + 1e-300)
         return force / known, np.asarray(known.mean(1) ** -0.5)
 
     def place(self, xy: Floats) -> None:
         """Put the columns at other places [n, 2], all else as it is."""
         self.xy = xy
-        self.spots = draw_spots(xy, self.shape, self.pixel, self.blur, self.tail, _REACH * self.blur)
+        self.spots = Drawn(xy, self.shape, self.pixel, self.blur, self.tail)
 
     def as_counts(self) -> tuple[Floats, Floats]:
         """Image and background in units in which the variance equals the mean, as for counts."""
@@ -216,6 +196,8 @@ class AmplitudeFit:
 
 def _binned(image: Floats, bins: list[int]) -> Floats:
     """Sums over ``bins`` (x, y) pixels; a last incomplete bin is dropped."""
+    if bins == [1, 1]:
+        return image
     rows, cols = image.shape[0] // bins[1], image.shape[1] // bins[0]
     cut = image[: rows * bins[1], : cols * bins[0]]
     return np.asarray(cut.reshape(rows, bins[1], cols, bins[0]).sum((1, 3)))
@@ -225,25 +207,6 @@ def _second_difference(image: Floats, axis: int) -> Floats:
     from scipy.ndimage import correlate1d
 
     return np.asarray(correlate1d(image, [1.0, -2.0, 1.0], axis=axis, mode="nearest"))
-
-
-def _conjugate_gradients(apply: Callable[[Floats], Floats], right: Floats, inverse: Floats) -> Floats:
-    """Solve ``apply(v) = right``, preconditioned by the ``inverse`` of the diagonal."""
-    v = np.zeros_like(right)
-    residual = right
-    p = z = inverse * residual
-    rz = float(residual @ z)
-    end = 1e-5 * rz
-    for _ in range(_SOLVER_STEPS):
-        if rz <= end or rz <= 0:
-            break
-        q = apply(p)
-        alpha = rz / float(p @ q)
-        v, residual = v + alpha * p, residual - alpha * q
-        z = inverse * residual
-        rz, before = float(residual @ z), rz
-        p = z + rz / before * p
-    return v
 
 
 def _hats(length: int, pixel: float, spacing: float) -> Floats:
@@ -274,7 +237,10 @@ def occupation(fit: AmplitudeFit, kind: Ints, judged: Bools) -> Occupation:
             prior = np.log(local_shares(p, levels[k].share, near[k]))
             probability[mine] = normalised(_log_gauss(a, v, levels[k]) + prior)
             aim[mine] = _expected(a, v, levels[k], probability[mine]) * level[mine]
+        moved = float(np.mean(((aim - amplitude) / sigma) ** 2))
         amplitude = amplitude + 0.8 * (aim - amplitude)
+        if moved < _SETTLED**2:
+            break
     for k in classes:
         probability[judged & (kind == k)] = _by_counts(scene, amplitude, level, k, levels[k], probability)
     unlike = tuple(k for k in classes if levels[k].spread > _UNLIKE)
@@ -288,8 +254,7 @@ def _conditional(scene: _Scene, amplitude: Floats) -> tuple[Floats, Floats]:
     """Amplitude and standard error of every column, all others as given."""
     model = scene.spots.draw(amplitude) + scene.background
     weight = 1 / np.maximum(model, 0.02 * float(model.mean()) + 1e-12)
-    square = np.einsum("np,np,np->n", scene.spots.share, scene.spots.share, scene.spots.gather(weight))
-    gradient = np.einsum("np,np->n", scene.spots.share, scene.spots.gather(weight * (scene.counts - model)))
+    square, gradient = scene.spots.squares(weight), scene.spots.project(weight * (scene.counts - model))
     known = square > 1e-6 * np.median(square)
     step = np.divide(gradient, square, out=np.zeros_like(square), where=known)
     return amplitude + step, 1 / np.sqrt(np.where(known, square, 1e-12))
@@ -302,7 +267,8 @@ def _local_level(a: Floats, s: Floats, near: tuple[Ints, Floats]) -> Floats:
     whole = max(whole, 1e-6 * float(np.abs(a).max()) + 1e-300)
     if near[0].shape[1] < 18:
         return np.full(len(a), whole)
-    local = np.quantile(a[near[0]], 0.7, axis=1)
+    rank = round(0.7 * (near[0].shape[1] - 1))
+    local = np.partition(a[near[0]], rank, axis=1)[:, rank]
     seen = float(np.mean((local - whole) ** 2))
     scatter = 1.7 * float(np.median((a - np.median(a)) ** 2) / 0.455) / near[0].shape[1]
     trust = max(0.0, 1 - 2 * scatter / max(seen, 1e-300))
@@ -361,23 +327,32 @@ def _by_counts(scene: _Scene, amplitude: Floats, level: Floats, kind: int, of: _
     p = probability[mine]
     doubtful = p[:, 2] < 1 - _NO_DOUBT
     some = mine[doubtful]
-    share, index = scene.spots.share[some], scene.spots.index[some]
     total = scene.spots.draw(amplitude) + scene.background
     floor = 0.02 * float(total.mean()) + 1e-12
-    others = total.ravel()[index] - amplitude[some, None] * share
-    counts = scene.counts.ravel()[index]
     log = np.empty((len(some), 3))
-    for state, relative in enumerate(of.level):
-        parts = []
-        for off, weight in _HERMITE if relative > 0.2 else ((0.0, 1.0),):
-            mean = relative * (1 + off * of.spread) * level[some]
-            model = np.maximum(others + mean[:, None] * share, floor)
-            parts.append(np.where(share > 0, counts * np.log(model) - model, 0.0).sum(1) + math.log(weight))
-        log[:, state] = np.logaddexp.reduce(parts, axis=0)
+    for start in range(0, len(some), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        index, share = scene.spots.windows(some[rows])
+        others = total.ravel()[index] - amplitude[some[rows], None] * share
+        log[rows] = _log_likelihood(scene.counts.ravel()[index], others, share, level[some[rows]], of, floor)
     for _ in range(3):
         p[doubtful] = normalised(log + np.log(local_shares(p, of.share, scene.near[kind])[doubtful]))
         of = replace(of, share=(p.sum(0) + _SHARES / 5) / (len(p) + _SHARES.sum() / 5))
     return p
+
+
+def _log_likelihood(counts: Floats, others: Floats, share: Floats, level: Floats, of: _Levels, floor: float) -> Floats:
+    """Poisson log likelihood [m, 3] of the windows [m, k] of columns in each state, ``others`` what else shines there;
+    the mean over the states' spread."""
+    log = np.empty((len(level), 3))
+    for state, relative in enumerate(of.level):
+        parts = []
+        for off, weight in _HERMITE if relative > 0.2 else ((0.0, 1.0),):
+            mean = relative * (1 + off * of.spread) * level
+            model = np.maximum(others + mean[:, None] * share, floor)
+            parts.append(np.where(share > 0, counts * np.log(model) - model, 0.0).sum(1) + math.log(weight))
+        log[:, state] = np.logaddexp.reduce(parts, axis=0)
+    return log
 
 
 def _neighbours(xy: Floats) -> tuple[Ints, Floats]:
