@@ -29,7 +29,7 @@ FAINTEST = 0.05
 """Nothing dimmer than this share of the median column is a column: it is what the model lacks."""
 APART_NM = 0.08
 """No missed column is looked for this close to a column."""
-SAMPLE, CLASSES = 1 << 17, 24
+SAMPLE, CLASSES = 1 << 15, 24
 """Pixels from which the noise is read, and classes of brightness."""
 LEAST = 0.003
 """Least variance of a pixel, as a share of the brightest one's."""
@@ -64,7 +64,9 @@ class Patch:
 
     def sums(self, image: torch.Tensor) -> torch.Tensor:
         """Sums of an image over bins."""
-        return torch.nn.functional.avg_pool2d(image[None, None], self.bins)[0, 0] * self.bins**2
+        b = self.bins
+        rows = sum((image[k::b] for k in range(1, b)), start=image[::b])
+        return sum((rows[:, k::b] for k in range(1, b)), start=rows[:, ::b])
 
     def model(self, state: State, spot: Spot) -> tuple[Columns, torch.Tensor]:
         """The columns and the expected image, with margins."""
@@ -159,7 +161,8 @@ class Patch:
         score = torch.where(whole, _significance(excess, known, gain), 0.0)
         spread = 1.4826 * float(score[whole].abs().median())
         y, x = (2 * max(1, round(APART_NM / p)) + 1 for p in grid.pixel_nm[::-1])
-        top = torch.nn.functional.max_pool2d(score[None, None], (y, x), 1, (y // 2, x // 2))[0, 0]
+        top = torch.nn.functional.max_pool2d(score[None, None], (y, 1), 1, (y // 2, 0))
+        top = torch.nn.functional.max_pool2d(top, (1, x), 1, (0, x // 2))[0, 0]
         enough = excess > FAINTEST * state.a.median()
         row, col = torch.nonzero((score == top) & (score > MISSED * max(1.0, spread)) & enough).T
         x, y = ((at + 0.5 - grid.margin) * b for at in (col, row))

@@ -205,7 +205,7 @@ def _common(
     common = common.transpose(1, 2).reshape(ky * kx, ky * kx)
     if images is not None:
         weighted = images * weight
-        cross = torch.cat([cross, torch.stack([columns.moments(image) for image in weighted], 2)], 2)
+        cross = torch.cat([cross, columns.moments_of(weighted)], 2)
         with_knots = torch.stack([grid.knots_of(image) for image in weighted])
         shapes = (weighted.flatten(1) @ images.flatten(1).T) + torch.diag(
             common.new_tensor(SHAPE_PRIOR[: len(images)]) ** -2

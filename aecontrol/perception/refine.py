@@ -32,8 +32,8 @@ TILE_NM, HALO_NM = 6.5, 0.45
 PILOT_NM = 2.0
 """Sides of the square on which the first blur is chosen."""
 FIRST_BLURS_NM = (0.04, 0.06, 0.09)
-STEPS, MORE_STEPS = 2, 4
-"""Of the fit, and again with the columns that it showed to be missing and with the spot's wings."""
+STEPS, MORE_STEPS, WING_STEPS = 2, 4, 3
+"""Of the fit, again with the columns that it showed to be missing, and so with the spot's wings."""
 FEW = 4.0
 """Relative excess of the variance over the inverse Fisher information times the squared significance: measured, from
 10 counts a column up."""
@@ -172,7 +172,7 @@ def _fit(data: torch.Tensor, x: Floats, y: Floats, pixel_nm: tuple[float, float]
     if len(extra_x):
         state = state.joined(extra_x, extra_y)
         pairs = _pairs(patch, state, spot)
-    for _ in range(MORE_STEPS):
+    for _ in range(WING_STEPS if bright else MORE_STEPS):
         state, spot, system = patch.step(state, spot, pairs, (3 + WINGS) if bright else 3 * free)
     error = system.covariance().diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
     # few counts: the likelihood is no parabola, and what is known is read off the same few counts

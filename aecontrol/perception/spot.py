@@ -217,7 +217,7 @@ class Columns:
 
     def gather(self, image: torch.Tensor) -> torch.Tensor:
         """Windows [n, height, width] of an image."""
-        return image.unfold(0, self.height, 1).unfold(1, self.width, 1)[self.corner_y, self.corner_x]
+        return image.reshape(-1).index_select(0, self.index).view(-1, self.height, self.width)
 
     def splat(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The image sum over columns and terms t of y[n, t, height] times x[n, t, width]."""
@@ -263,8 +263,20 @@ class Columns:
         """[n, 3] inner products of ``image`` with the derivatives of the model by a, x, y: of round cores only, for
         shear and tails hold next to nothing about where a column is."""
         q = torch.bmm(torch.bmm(self.gy[:, :2], self.gather(image)), self.gx[:, :2].mT)
+        return self._by_columns(q[..., None])[..., 0]
+
+    def moments_of(self, images: torch.Tensor) -> torch.Tensor:
+        """[n, 3, m] the same of images [m, rows, cols], together: a pixel's values lie side by side in memory."""
+        n, m = len(self.gx), len(images)
+        pixels = images.flatten(1).T.contiguous().index_select(0, self.index)
+        q = torch.bmm(self.gy[:, :2], pixels.view(n, self.height, self.width * m))
+        q = q.view(n, 2, self.width, m).transpose(1, 2).reshape(n, self.width, 2 * m)
+        return self._by_columns(torch.bmm(self.gx[:, :2], q).view(n, 2, 2, m).transpose(1, 2))
+
+    def _by_columns(self, q: torch.Tensor) -> torch.Tensor:
+        """[n, 3, m] by (a, x, y) of the inner products q [n, 2, 2, m] with the core and its derivatives along y, x."""
         by_a, by_place = self.spot.scales
-        a = by_place * self.state.a
+        a = (by_place * self.state.a)[:, None]
         return torch.stack([by_a * q[:, 0, 0], a * q[:, 0, 1], a * q[:, 1, 0]], 1)
 
 

@@ -1,15 +1,19 @@
 """Precision of atom finding against the joint Cramer-Rao bound, on strained scenes with shifted columns and vacancies.
 
-    python tests/benchmarks/find_precision.py [--crystals NAME ...] [--counts N ...] [--peers VENVS]
+    python tests/benchmarks/find_precision.py [--crystals NAME ...] [--counts N ...] [--seed N] [--peers VENVS]
 
 Scenes of 512 x 512 pixels of 0.0125 nm with a Gaussian spot and with the renderer's probe. One line a kind of column:
 its counts; plain and robust RMS error, reported standard error and mean error over the bound; recall; the share of
 errors within the 68 % and 95 % intervals that were reported; CPU ms a column (one thread). For refinement from starts
-10 pm off the truth ("refine") and for the finder end to end ("find").
+10 pm off the truth ("refine") and for the finder end to end ("find"). The default seed is none of those on which the
+fit was tuned (100 to 103, and 300 to 303).
 
 ``--peers``: a folder with environments ``atomap`` and ``ai`` (atomai), which find on the same images in the same run.
 atomap fits its 2-D Gaussians from the starts of "refine"; atomai's U-Net is trained there first, on scenes of all four
-crystals, both probes and the same doses with other seeds, and finds end to end.
+crystals, both probes and the same doses with other seeds (once: the weights stay in the folder), and finds end to end.
+Its network shifts all columns of an image alike by 1 to 3 pm, in the axes of the array however the image is turned (its
+locator alone, on the true mask, by 0.03 pm): to its benefit its mean error is taken off, and printed in a line of its
+own.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ CRYSTALS = {
 }
 DOSES = (30.0, 100.0, 300.0, 1000.0, 10000.0)
 PROBES = ("Gaussian", "renderer")
+SEED = 4200
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,14 @@ def renderer_probe() -> bound.Profile:
     grid = np.stack(np.meshgrid(10 * at, 10 * at), -1)
     spot = renderer.images(np.zeros((1, 2)), np.array([42]), np.array([0.06]), grid)["HAADF"].astype(float)
     spline = RectBivariateSpline(at, at, spot / spot.sum() / 0.0125**2)
-    return lambda x, y: np.asarray(spline(y, x, grid=False)) * (np.maximum(abs(x), abs(y)) < 0.99)
+
+    def profile(x: Floats, y: Floats) -> Floats:
+        near = np.maximum(abs(x), abs(y)) < 0.99
+        values = np.zeros(np.shape(x))
+        values[near] = spline(y[near], x[near], grid=False)
+        return values
+
+    return profile
 
 
 def scene(crystal: str, counts: float, probe: str, seed: int) -> Scene:
@@ -122,6 +134,13 @@ def bounds(s: Scene, seed: int, places: int = 6) -> dict[float, float]:
     return {n: float(np.sqrt(np.mean(v))) for n, v in found.items()}
 
 
+def offset(s: Scene, at: Floats) -> Floats:
+    """[2] mean error (nm) of positions ``at`` [n, 2] nm over all columns."""
+    distance, which = cKDTree(at).query(s.at)
+    inside = ((s.at > RIM) & (s.at < SIZE * PIXEL - RIM)).all(1) & (distance < GATE)
+    return np.asarray((at[which[inside]] - s.at[inside]).mean(0))
+
+
 def judge(s: Scene, at: Floats, sigma: Floats | None, limits: dict[float, float]) -> Iterator[str]:
     """Lines of the table for positions ``at`` [n, 2] nm and their standard errors."""
     extent = SIZE * PIXEL
@@ -132,6 +151,9 @@ def judge(s: Scene, at: Floats, sigma: Floats | None, limits: dict[float, float]
     for counts, limit in sorted(limits.items()):
         there = inside & np.isclose(s.counts, counts)
         got = there & paired
+        if not got.any():
+            yield f"{counts:8.0f} none found"
+            continue
         error = at[which[got]] - s.at[got]
         plain = np.sqrt((error**2).mean()) / limit
         robust = 1.4826 * np.median(np.abs(error)) / limit
@@ -161,6 +183,8 @@ def peer(folder: Path, name: str, s: Scene, start_px: Floats) -> tuple[Floats, f
         if done.returncode:
             print(f"{s.name:24} {name:8} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
             return None
+        if done.stdout.strip():
+            print(f"{s.name:24} {name:8} {done.stdout.strip().splitlines()[-1]}", flush=True)
         result = np.load(f"{scratch}/found.npz")
         return (result["at_px"] + 0.5) * PIXEL, float(result["cpu_s"])
 
@@ -196,7 +220,12 @@ def report(s: Scene, seed: int, finder: AtomFinder, peers: Path | None) -> None:
     for name in ("atomap", "atomai") if peers else ():
         assert peers is not None
         if (answer := peer(peers, name, s, start)) is not None:
-            results.append((name, answer[0], None, answer[1]))
+            at = answer[0]
+            if name == "atomai":
+                shift = offset(s, at)
+                print(f"{s.name:24} {name:8} mean error ({shift[0]:+.4f}, {shift[1]:+.4f}) nm taken off", flush=True)
+                at = at - shift
+            results.append((name, at, None, answer[1]))
     for name, at, sigma, cpu in results:
         for line in judge(s, at, sigma, limits):
             print(f"{s.name:24} {name:8} {line} {1e3 * cpu / len(at):8.3f}", flush=True)
@@ -212,6 +241,7 @@ def main() -> None:
     parser.add_argument("--crystals", nargs="+", default=list(CRYSTALS), choices=CRYSTALS)
     parser.add_argument("--counts", nargs="+", type=float, default=DOSES, help="of the brightest columns")
     parser.add_argument("--probes", nargs="+", default=PROBES, choices=PROBES)
+    parser.add_argument("--seed", type=int, default=SEED, help="of the first crystal")
     parser.add_argument("--peers", type=Path, metavar="VENVS")
     arguments = parser.parse_args()
     finder = AtomFinder()
@@ -222,7 +252,7 @@ def main() -> None:
     )
     for probe in arguments.probes:
         for crystal in arguments.crystals:
-            seed = 100 + list(CRYSTALS).index(crystal)
+            seed = arguments.seed + list(CRYSTALS).index(crystal)
             for counts in arguments.counts:
                 report(scene(crystal, counts, probe, seed), seed, finder, arguments.peers)
 
