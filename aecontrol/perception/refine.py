@@ -37,6 +37,9 @@ STEPS, MORE_STEPS, WING_STEPS = 2, 4, 3
 FEW = 4.0
 """Relative excess of the variance over the inverse Fisher information times the squared significance: measured, from
 10 counts a column up."""
+SWOLLEN = 1.5
+"""Wings by which the sum of all intensities changes more than this are not told from the background between the columns, as
+in dense crystals whose spots are not alike: they are left out."""
 BRIGHT = 1e5
 """Sum of squared significances (about the counts in all columns) from which the wings of the spot can be told."""
 
@@ -172,8 +175,13 @@ def _fit(data: torch.Tensor, x: Floats, y: Floats, pixel_nm: tuple[float, float]
     if len(extra_x):
         state = state.joined(extra_x, extra_y)
         pairs = _pairs(patch, state, spot)
-    for _ in range(WING_STEPS if bright else MORE_STEPS):
-        state, spot, system = patch.step(state, spot, pairs, (3 + WINGS) if bright else 3 * free)
+    core = state, spot
+    for _ in range(WING_STEPS if bright else 0):
+        state, spot, system = patch.step(state, spot, pairs, 3 + WINGS)
+    if bright and abs(math.log(max(float(state.a.sum() / core[0].a.sum()), 1e-9))) > math.log(SWOLLEN):
+        (state, spot), bright = core, False
+    for _ in range(0 if bright else MORE_STEPS):
+        state, spot, system = patch.step(state, spot, pairs, 3 * free)
     error = system.covariance().diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
     # few counts: the likelihood is no parabola, and what is known is read off the same few counts
     significance = (state.a / error[:, 0]).clamp(min=1.0)
