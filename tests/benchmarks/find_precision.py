@@ -10,10 +10,10 @@ fit was tuned (100 to 103, and 300 to 303).
 
 ``--peers``: a folder with environments ``atomap`` and ``ai`` (atomai), which find on the same images in the same run.
 atomap fits its 2-D Gaussians from the starts of "refine"; atomai's U-Net is trained there first, on scenes of all four
-crystals, both probes and the same doses with other seeds (once: the weights stay in the folder), and finds end to end.
-Its network shifts all columns of an image alike by 1 to 3 pm, in the axes of the array however the image is turned (its
-locator alone, on the true mask, by 0.03 pm): to its benefit its mean error is taken off, and printed in a line of its
-own.
+crystals, both probes and the same doses with other seeds (once, 160 cycles of 8 patches: the weights stay in the
+folder), and finds end to end. Its network shifts columns by up to 3 pm in the axes of the array, also in mirrored
+images (its locator alone, on the true mask, by 0.04 pm): to its benefit its mean error in each image is taken off, and
+printed in a line of its own.
 """
 
 from __future__ import annotations
