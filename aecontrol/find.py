@@ -9,7 +9,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,10 @@ Pixels = NDArray[np.generic]
 
 LARGEST = 1e15
 """Larger values are no detector's, and their squares leave single precision."""
+LEAST_CONTRAST = 1e-6
+"""Values that differ by less of their level than this are lost in single precision."""
+STANDS_OUT = 3.0
+"""Standard errors from which an atom's own intensity outweighs the judgement that its site is vacant."""
 _LENGTHS = ("x", "y", "sigma_x", "sigma_y")
 _ATOM = ("x", "y", "label", "grain", "confidence", "disagreement", "sigma_x", "sigma_y", "intensity")
 _VACANCY = ("x", "y", "label", "confidence", "intensity", "expected")
@@ -86,6 +90,8 @@ def find_atoms(
     pixel = (scale.pixel_nm, scale.pixel_nm)
     found = AtomFinder(request.weights, device).find(image, pixel, request.threshold, request.refine, progress)
     sites = name_sites(found, image, pixel if scale.unit == "nm" else None) if request.refine else None
+    if sites is not None:
+        found, sites = _agreed(found, sites)
     labels = ["atom"] * len(found) if sites is None or not sites.grains else list(sites.label)
     quality = assess(found, labels, image, scale.pixel_nm, scale.unit_px, bad)
     return image, {
@@ -98,6 +104,21 @@ def find_atoms(
         "crystal": _crystal(sites),
         "quality": quality.model_dump(mode="json"),
     }
+
+
+def _agreed(found: Found, sites: Sites) -> tuple[Found, Sites]:
+    """Both without contradiction: where a site is judged vacant and an atom was found on it, the atom stays if its own
+    intensity stands out, else the vacancy."""
+    missing = sites.missing
+    empty = np.char.endswith(missing.label, " vacant") & (missing.atom >= 0)
+    there = np.zeros(len(missing), dtype=bool)
+    there[empty] = (found.intensity > STANDS_OUT * found.sigma_intensity)[missing.atom[empty]]
+    keep = np.ones(len(found), dtype=bool)
+    keep[missing.atom[empty & ~there]] = False
+    row = np.append(np.cumsum(keep) - 1, -1)
+    left = missing.where(~there)
+    left = replace(left, atom=np.where(keep[left.atom] | (left.atom < 0), row[left.atom], -1))
+    return found.where(keep), replace(sites, label=sites.label[keep], grain=sites.grain[keep], missing=left)
 
 
 def _atoms(found: Found, labels: Sequence[str], sites: Sites | None) -> Iterator[dict[str, Any]]:
@@ -160,6 +181,10 @@ def _plain(image: Pixels, name: str) -> Pixels:
         image = image.astype(np.float32)
     if (largest := float(np.nanmax(np.abs(image[np.isfinite(image)].astype(np.float64))))) > LARGEST:
         raise BadInput(f"{name}: a value of {largest:.3g}; the limit is {LARGEST:g}", "give the image as recorded")
+    spread = float(np.ptp(image[np.isfinite(image)].astype(np.float64)))
+    if 0 < spread < LEAST_CONTRAST * largest:
+        what = f"{name}: the values differ by {spread:.3g} on a level of {largest:.3g}"
+        raise BadInput(f"{what}; the limit is a part in {1 / LEAST_CONTRAST:.0e}", "subtract the level")
     return image
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,13 @@ class Found:
 
     def __len__(self) -> int:
         return len(self.x_px)
+
+    def where(self, keep: Bools) -> Found:
+        """Those of the atoms that ``keep`` [n] names."""
+        kept: dict[str, Any] = {
+            name: value[keep] for name, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
+        return replace(self, **kept)
 
 
 class AtomFinder:
@@ -170,7 +177,7 @@ def _refined(
     n = len(starts.xy)
     xy, sigma = np.stack([fit.x, fit.y], 1)[:n] * pixel_nm, np.stack([fit.sigma_x, fit.sigma_y], 1)[:n] * pixel_nm
     xy, sigma = starts.settled(xy, sigma)
-    inside = ((xy >= 0) & (xy <= np.array(shape[::-1]) * pixel_nm)).all(1)
+    inside = ((xy >= 0) & (xy <= np.array(shape[::-1]) * pixel_nm)).all(1) & (fit.intensity[:n] > 0)
     rows = np.flatnonzero(inside)[np.argsort(-starts.confidence[inside], kind="stable")]
     peak = starts.peak[rows]  # row -1, of what the network did not see, is the zero appended
     (x, y), (sigma_x, sigma_y) = (xy / pixel_nm)[rows].T, (sigma / pixel_nm)[rows].T

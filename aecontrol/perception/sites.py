@@ -80,6 +80,10 @@ class Missing:
     def __len__(self) -> int:
         return len(self.x_px)
 
+    def where(self, keep: Bools) -> Missing:
+        """Those that ``keep`` [n] names."""
+        return Missing(**{name: value[keep] for name, value in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class Sites:
