@@ -249,9 +249,7 @@ def _choose_signal(signals: list[dict[str, Any]], path: Path, key: str | None, r
         hits = [n for n, shape in enumerate(shapes) if sum(length > 1 for length in shape) == 2]
     if len(hits) != 1:
         what = f"no image {key!r}" if key is not None and not hits else f"{len(hits)} images that fit"
-        raise BadInput(
-            f"{path.name} holds {what}", f"name one with `key` (--channel): {offered[:2000]}"
-        )
+        raise BadInput(f"{path.name} holds {what}", f"name one with `key` (--channel): {offered[:2000]}")
     signal = signals[hits[0]]
     data = signal["data"]
     if math.prod(data.shape) * data.dtype.itemsize > SIZE_LIMIT_BYTES:

@@ -38,8 +38,8 @@ FEW = 4.0
 """Relative excess of the variance over the inverse Fisher information times the squared significance: measured, from
 10 counts a column up."""
 SWOLLEN = 1.5
-"""Wings by which the sum of all intensities changes more than this are not told from the background between the columns, as
-in dense crystals whose spots are not alike: they are left out."""
+"""Wings by which the sum of all intensities changes more than this are not told from the background between the
+columns, as in dense crystals whose spots are not alike: they are left out."""
 BRIGHT = 1e5
 """Sum of squared significances (about the counts in all columns) from which the wings of the spot can be told."""
 
