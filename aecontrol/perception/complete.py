@@ -22,9 +22,9 @@ Bools = NDArray[np.bool_]
 
 FIRST_BLUR_NM = 0.045
 """Where the fit of the columns' common width starts."""
-UNSURE_NM = 0.0175
-"""Columns of a sublattice that their own counts place no better than this (median) are drawn to their sites: three
-errors would be 0.05 nm, at which a column counts as missed. From 30 counts on they are better known, even in
+UNSURE_NM = 0.0205
+"""Columns of a sublattice that their own counts place no better than this (median) are drawn to their sites: at 2.5
+errors, 0.05 nm, a column counts as missed. From 30 counts on they are better known, even in
 graphene."""
 _GROWTH = 4
 """Cells by which a grain may grow in a round, and the rounds."""

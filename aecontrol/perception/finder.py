@@ -28,6 +28,8 @@ HEAT_SIGMA_NM = 0.035
 """Width of the Gaussian that the network is trained to put on each centre."""
 MERGE_NM = 0.06
 """Two peaks closer than this are one atom seen twice."""
+RIM_NM, CLEAR_AT_RIM = 0.05, 2.5
+"""An atom this close to the rim may as well be a brighter one outside, unless it stands out by so many errors."""
 GATHER_NM = 0.075
 """Heat within this radius of a peak belongs to its atom: about half the closest spacing known here (C-C, 0.142 nm)."""
 
@@ -177,7 +179,9 @@ def _refined(
     n = len(starts.xy)
     xy, sigma = np.stack([fit.x, fit.y], 1)[:n] * pixel_nm, np.stack([fit.sigma_x, fit.sigma_y], 1)[:n] * pixel_nm
     xy, sigma = starts.settled(xy, sigma)
-    inside = ((xy >= 0) & (xy <= np.array(shape[::-1]) * pixel_nm)).all(1) & (fit.intensity[:n] > 0)
+    depth = np.minimum(xy, np.array(shape[::-1]) * pixel_nm - xy).min(1)
+    clear = fit.significance[:n] > np.where(depth < RIM_NM, CLEAR_AT_RIM, 0.0)
+    inside = (depth >= 0) & clear
     rows = np.flatnonzero(inside)[np.argsort(-starts.confidence[inside], kind="stable")]
     peak = starts.peak[rows]  # row -1, of what the network did not see, is the zero appended
     (x, y), (sigma_x, sigma_y) = (xy / pixel_nm)[rows].T, (sigma / pixel_nm)[rows].T
