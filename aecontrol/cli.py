@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -153,7 +154,8 @@ def find(
     asked = {"pixel_size_nm": pixel_size_nm, "channel": channel, "frame": frame, "threshold": threshold}
     request = validate(Request, {**asked, "what": what, "refine": refine, "weights": weights}, "find")
     with _bar("finding", json_out) as progress:
-        result = carry_out(image, request, out, _torch_device(device), progress)
+        # nothing is resumed here and no instrument waits: all cores may help
+        result = carry_out(image, request, out, _torch_device(device, os.cpu_count() or 1), progress)
     if json_out:
         print(json.dumps(result))
         return
@@ -364,11 +366,11 @@ def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _torch_device(device: str) -> str:
+def _torch_device(device: str, threads: int = 1) -> str:
     from aecontrol.perception.device import resolve
 
     _check_device(device)
-    return resolve(device)
+    return resolve(device, threads)
 
 
 def _check_device(device: str) -> None:

@@ -103,9 +103,9 @@ def large(device: str, refined: bool, threads: int) -> None:
     """In a child: 4096 x 4096 once, and the peak memory; one JSON line."""
     import torch
 
-    torch.set_num_threads(threads)
     image = sheet(4096)
     find, _ = work(device)
+    torch.set_num_threads(threads)
     find(image[:512, :512], refined)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cpu, wall = time.process_time(), time.perf_counter()
