@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
-from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aecontrol.errors import BadInput
-
 from . import complete, refine, sampling
+from .ensemble import Ensemble
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from .windows import Progress
 
 Floats = NDArray[np.float64]
@@ -83,34 +77,13 @@ class AtomFinder:
     def __init__(self, weights: Path | None = None, device: str = "cpu") -> None:
         """``weights``: a safetensors file as ``train_atoms`` writes; None: the shipped ones. Raises BadInput when the
         file cannot be read as such."""
-        self._source = str(weights) if weights else "the shipped weights"
-        try:
-            self._weights = (
-                weights.read_bytes()
-                if weights
-                else files(__package__).joinpath("weights/atoms.safetensors").read_bytes()
-            )
-        except OSError as error:
-            raise BadInput(f"{self._source} cannot be read: {error}", "run `aecontrol train atoms`") from error
+        self._networks = Ensemble("atoms", weights, device)
         self._device = device
 
     @property
     def version(self) -> str:
         """Hash of the weights."""
-        return hashlib.sha256(self._weights).hexdigest()
-
-    @cached_property
-    def _members(self) -> list[nn.Module]:
-        from safetensors import SafetensorError
-
-        from . import nets
-
-        try:
-            return nets.load(self._weights, self._device)[0]
-        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise BadInput(
-                f"{self._source}: not the weights of this network: {error}", "run `aecontrol train atoms`"
-            ) from error
+        return self._networks.version
 
     def find(
         self,
@@ -144,8 +117,9 @@ class AtomFinder:
         from . import windows
 
         maps = []
-        for k, net in enumerate(self._members):
-            step = _share(progress, k, len(self._members))
+        members = self._networks.members
+        for k, net in enumerate(members):
+            step = _share(progress, k, len(members))
             maps.append(windows.heat(cast(windows.Net, net), resampled.image, self._device, progress=step)[0])
         return np.stack(maps)
 

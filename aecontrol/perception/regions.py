@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from importlib.resources import files
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,10 +14,11 @@ from numpy.typing import NDArray
 from aecontrol.errors import BadInput
 
 from . import order, views
+from .ensemble import Ensemble
 from .polar import Columns
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from . import windows
 
@@ -126,34 +125,13 @@ class RegionFinder:
     def __init__(self, weights: Path | None = None, device: str = "cpu") -> None:
         """``weights``: a safetensors file as ``train_regions`` writes; None: the shipped ones. Raises BadInput when
         the file cannot be read."""
-        self._source = str(weights) if weights else "the shipped weights"
-        shipped = files(__package__).joinpath("weights/regions.safetensors")
-        try:
-            self._weights = weights.read_bytes() if weights else shipped.read_bytes()
-        except OSError as error:
-            raise BadInput(f"{self._source} cannot be read: {error}", "run `aecontrol train regions`") from error
+        self._networks = Ensemble("regions", weights, device)
         self._device = device
 
     @property
     def version(self) -> str:
         """Hash of the weights."""
-        return hashlib.sha256(self._weights).hexdigest()
-
-    @cached_property
-    def _members(self) -> list[nn.Module]:
-        from safetensors import SafetensorError
-
-        from . import nets
-
-        try:
-            members, outputs = nets.load(self._weights, self._device)
-            if outputs != tuple(views.CLASSES):
-                raise ValueError(f"outputs {outputs}")
-        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise BadInput(
-                f"{self._source}: not the weights of this network: {error}", "run `aecontrol train regions`"
-            ) from error
-        return members
+        return self._networks.version
 
     def find(
         self, image: NDArray[np.generic], pixel_size_nm: tuple[float, float], columns: Columns | None = None
@@ -195,9 +173,9 @@ class RegionFinder:
 
         channel = list(views.CLASSES).index(kind)
         total = np.zeros(image.shape, dtype=np.float32)
-        for net in self._members:
+        for net in self._networks.members:
             total += windows.heat(_OneChannel(cast(windows.Net, net), channel), image, self._device)[0]
-        return np.asarray(total / np.float32(len(self._members)))
+        return np.asarray(total / np.float32(len(self._networks.members)))
 
 
 class _OneChannel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,12 @@ def test_hand_labelled_pt_atoms_on_carbon(finder):
         pairs_made += len(pairs(found, truth, 0.2 / pixel)[0])
         finds, labels = finds + len(found), labels + len(truth)
     assert 2 * pairs_made / (finds + labels) >= 0.6
+
+
+def test_the_weights_of_another_network_are_refused():
+    other = files("aecontrol.perception").joinpath("weights/regions.safetensors")
+    with pytest.raises(BadInput, match="outputs are particle, boundary, wall"):
+        AtomFinder(Path(str(other))).find(np.ones((64, 64)), (PIXEL, PIXEL))
 
 
 def test_nothing_is_found_where_nothing_is(finder):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from aecontrol.canvas import draw_png
 from aecontrol.errors import BadInput
 from aecontrol.perception import order, polar, views
+from aecontrol.perception.ensemble import Ensemble
 from aecontrol.perception.learn_regions import RegionLessons, RegionTraining, lesson, train_from_toml
 from aecontrol.perception.regions import RegionFinder, outline
 from aecontrol.region_figure import draw_regions
@@ -159,7 +160,10 @@ def test_windows_are_the_whole_image(finder):
     for channel, kind in enumerate(views.CLASSES):
         padded = np.pad(seen, ((0, 2), (0, 3)))
         with torch.inference_mode():
-            answers = [net(torch.from_numpy(padded)[None, None])[0, channel].sigmoid() for net in finder._members]
+            answers = [
+                net(torch.from_numpy(padded)[None, None])[0, channel].sigmoid()
+                for net in Ensemble("regions", None, "cpu").members
+            ]
         whole = np.mean(answers, axis=0)[:90, :641]
         assert np.abs(finder.probability(kind, seen) - whole).max() < 1e-5
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aecontrol.perception.finder import AtomFinder
+from aecontrol.perception.ensemble import Ensemble
 from aecontrol.perception.windows import BLEND_PX, heat, spans
 
 
@@ -36,7 +36,7 @@ class Centred:
 
 @pytest.fixture(scope="module")
 def net():
-    return AtomFinder()._members[0]
+    return Ensemble("atoms", None, "cpu").members[0]
 
 
 def whole(net, image):
@@ -120,5 +120,5 @@ def test_progress_is_told_of_every_window():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_map():
     image = np.random.default_rng(0).normal(size=(600, 700)).astype(np.float32)
-    on_gpu = heat(AtomFinder(device="cuda")._members[0], image, "cuda", window_px=256)
-    assert np.abs(on_gpu - heat(AtomFinder()._members[0], image)).max() < 1e-3
+    on_gpu = heat(Ensemble("atoms", None, "cuda").members[0], image, "cuda", window_px=256)
+    assert np.abs(on_gpu - heat(Ensemble("atoms", None, "cpu").members[0], image)).max() < 1e-3
