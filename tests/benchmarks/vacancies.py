@@ -3,24 +3,25 @@
     python tests/benchmarks/vacancies.py [--counts 50 100 200] [--shares 0.02 0.05 0.1 0.2 0.3] [--seeds 8]
 
 Frames of 8 x 8 nm from the probe-based renderer. ``share``: of S sites that miss something, three quarters of them one
-S of two (1S), the others both (2S). Atoms found: the occupied columns' true places, each off by its share of noise. The
-oracle knows every other column, the background, the spot and the shares exactly and decides by the Poisson likelihood
-ratio: no method can do better from the same counts. "best": largest recall at a precision of at least 0.95, the
-threshold chosen on these frames (among finds that are more probable than not); then all as reported, at the expected
-false discovery rate that ships, for the oracle too. "kind": of the vacancies found, how many are rightly told 1S or 2S.
+S of two (1S), the others both (2S). "finder": from the image alone, end to end. "no hint" and "hint": the atoms are
+given, the occupied columns' true places, each off by its share of noise. The oracle knows every other column, the
+background, the spot and the shares exactly and decides by the Poisson likelihood ratio: no method can do better from
+the same counts. "best": largest recall at a precision of at least 0.95, the threshold chosen on these frames (among
+finds that are more probable than not); then all as reported, at the expected false discovery rate that ships, for the
+oracle too. "kind": of the vacancies found, how many are rightly told 1S or 2S.
 "2S": recall of 2S vacancies alone.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from aecontrol.perception.finder import Found
+from aecontrol.perception.finder import AtomFinder, Found
 from aecontrol.perception.lattice import LatticeHint
 from aecontrol.perception.sites import name_sites
 from aecontrol.perception.targets import FALSE_DISCOVERY, report
@@ -218,16 +219,18 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2, 0.3])
     parser.add_argument("--seeds", type=int, default=8)
     options = parser.parse_args()
+    finder = AtomFinder()
     print("counts share method       best | recall precis     F1   kind     2S")
     for counts in options.counts:
         for share in options.shares:
-            rows = {name: Tally() for name in ("no hint", "hint", "oracle")}
+            rows = {name: Tally() for name in ("finder", "no hint", "hint", "oracle")}
             for seed in range(options.seeds):
                 f = frame(seed, share, counts)
                 edge = RIM_NM * PIXELS / FOV_NM
                 inner = np.asarray(((f.xy_px > edge) & (f.xy_px < PIXELS - edge)).all(1))
                 lacking = 2 - f.left
-                results = {"no hint": method(f, None), "hint": method(f, LatticeHint())}
+                whole = replace(f, found=finder.find(f.image, (FOV_NM / PIXELS, FOV_NM / PIXELS)))
+                results = {"finder": method(whole, None), "no hint": method(f, None), "hint": method(f, LatticeHint())}
                 seen = np.asarray(((f.xy_px > 0) & (f.xy_px < PIXELS)).all(1))
                 inside = Frame(f.image, f.expected, f.xy_px[seen], f.left[seen], f.found)
                 p, told = oracle(inside, drawn_spots(inside, counts), share)
