@@ -1,0 +1,57 @@
+"""How damage follows fluence: what is believed of it now, as draws from a posterior. Pure arithmetic.
+
+Damage is the share d of the matter in a patch that the beam has displaced or removed,
+
+    d(F) = 1 - exp(-(F / F_c)^k)
+
+with one critical fluence F_c for each phase of the specimen; a metric shows A (d(F_later) - d(F_first)), A being its
+gain. Until a phase has been seen at fluences beyond its F_c, only the slope 1 / F_c is known and not where damage
+saturates: then the straight line F / F_c (for k = 1) stands for d, which it bounds from above.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from aecontrol.types import Count, Model, NonNegative, Positive
+
+Floats = NDArray[np.float64]
+Draws = Annotated[tuple[Positive, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Patches of one phase, compared between two exposures. ``phase`` indexes ``Response.phases``; ``first`` and
+    ``later`` [n] e/A^2: fluence at the patch in the middle of either exposure; ``score`` [n]: excess of the metric over
+    its null; ``sd`` [n]: standard deviation of the score of an undamaged patch."""
+
+    phase: int
+    first: Floats
+    later: Floats
+    score: Floats
+    sd: Floats
+
+
+class Response(Model):
+    """Joint draws from the posterior of the critical fluences and of the metric's gain."""
+
+    phases: tuple[str, ...] = Field(min_length=1, description="names")
+    critical_fluence_e_per_A2: tuple[Draws, ...] = Field(description="by phase and draw")
+    amplitude: Draws = Field(description="score of a patch that is wholly damaged, by draw")
+    exponent: Positive = Field(1.0, description="k")
+    tested_e_per_A2: tuple[NonNegative, ...] = Field(description="highest fluence that evidence covers, by phase")
+    patches: Count = Field(description="comparisons of patches that it rests on; 0: the prior")
+    method: str = Field(description="'prior', or how it was fitted")
+    diagnostics: dict[str, float] = Field(default_factory=dict, description="what tells whether the fit can be trusted")
+
+    @model_validator(mode="after")
+    def _one_draw_each(self) -> Response:
+        sizes = {len(self.amplitude), *(len(draws) for draws in self.critical_fluence_e_per_A2)}
+        if len(sizes) != 1 or not len(self.phases) == len(self.critical_fluence_e_per_A2) == len(self.tested_e_per_A2):
+            raise ValueError("a response needs one critical fluence a phase and draw, and one amplitude a draw")
+        return self
