@@ -71,6 +71,7 @@ from aecontrol.types import (
     ScanPlan,
     ScanRegion,
     Stop,
+    WindowPlan,
 )
 
 Phase = Literal[
@@ -202,7 +203,17 @@ def reference_region(plan: DriftPlan) -> ScanRegion:
 
 
 def candidate_grid(plan: ScanPlan, field_nm: tuple[float, float], margin_nm: float = 0.0) -> tuple[ScanRegion, ...]:
-    """All sub-scans that a policy may choose, row by row from the top-left corner of the field less a margin.
+    """All sub-scans that a policy may choose: the grid of each kind of window, one after the other. Raises BadInput when
+    a window is larger than the field, or two kinds are the same."""
+    grids = [_windows(kind, field_nm, margin_nm) for kind in plan.kinds]
+    every = tuple(dict.fromkeys(region for grid in grids for region in grid))
+    if len(every) < sum(len(grid) for grid in grids):
+        raise BadInput("scan.choices: two kinds of windows cover the same places alike", "leave one of them out")
+    return every
+
+
+def _windows(plan: WindowPlan, field_nm: tuple[float, float], margin_nm: float) -> tuple[ScanRegion, ...]:
+    """Windows of one kind, row by row from the top-left corner of the field less a margin.
 
     The grid starts flush with the corner; when the stride does not divide the field, the last column and row are moved
     back flush with the far edge. Raises BadInput when the window is larger than the field.
@@ -252,8 +263,9 @@ def preflight(plan: Plan, capabilities: Capabilities) -> None:
         raise BadInput("drift cannot be followed on a record, whose pixels stand still", "leave out the table [drift]")
     state = State(session="", seed=0, plan=plan, capabilities=capabilities)
     state = replace(state, tiles=TileMap.of(state.bounded))
-    grid = candidate_grid(plan.scan, capabilities.field_nm, plan.margin_nm)
-    regions = [("sub-scan", region) for region in grid[:1]]
+    candidate_grid(plan.scan, capabilities.field_nm, plan.margin_nm)
+    grids = [_windows(kind, capabilities.field_nm, plan.margin_nm) for kind in plan.scan.kinds]
+    regions = [("sub-scan", grid[0]) for grid in grids]
     if plan.overview is not None:
         regions.insert(0, ("overview", overview_region(plan.overview, capabilities.field_nm, plan.margin_nm)))
     if plan.drift is not None:

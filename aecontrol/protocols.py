@@ -105,7 +105,8 @@ class History:
     ``overview`` holds one Observation per candidate, in candidate order (empty without an overview). ``scans`` are the
     perceived sub-scans in order and ``scanned`` their candidate indices (-1 for a region off the grid). ``feasible``
     is the guard's mask over the candidates: budget, field, already spent areas. ``charges`` are the upper bounds of
-    each candidate.
+    each candidate, ``damage`` among them. ``validity`` is the share of each candidate's matter that is expected to be
+    undamaged still (empty: nothing is known of damage): what is scanned there tells of the specimen only so far.
     """
 
     step: int
@@ -114,6 +115,7 @@ class History:
     scanned: tuple[int, ...]
     feasible: tuple[bool, ...]
     charges: tuple[Charge, ...]
+    validity: tuple[float, ...] = ()
 
 
 @runtime_checkable

@@ -281,13 +281,26 @@ class OverviewPlan(Model):
     dwell_time_s: Dwell
 
 
-class ScanPlan(Model):
-    """The sub-scans that a policy chooses from: windows of one size on a grid over the field."""
+class WindowPlan(Model):
+    """Windows of one size and dwell time on a grid over the field."""
 
     fov_nm: tuple[Side, Side]
     shape: tuple[PositiveInt, PositiveInt]
     dwell_time_s: Dwell
     stride_nm: tuple[Side, Side] | None = Field(None, description="grid spacing; default: fov_nm, no overlap")
+
+
+class ScanPlan(WindowPlan):
+    """The sub-scans that a policy chooses from: windows of one kind, or of several, on grids over the field."""
+
+    choices: tuple[WindowPlan, ...] = Field(
+        (), description="windows of other sizes and dwell times, for the policy to choose from beside the first kind"
+    )
+
+    @property
+    def kinds(self) -> tuple[WindowPlan, ...]:
+        """All kinds of windows, the first one first."""
+        return (self, *self.choices)
 
 
 class DriftPlan(Model):
