@@ -107,6 +107,8 @@ class History:
     is the guard's mask over the candidates: budget, field, already spent areas. ``charges`` are the upper bounds of
     each candidate, ``damage`` among them. ``validity`` is the share of each candidate's matter that is expected to be
     undamaged still (empty: nothing is known of damage): what is scanned there tells of the specimen only so far.
+    ``left`` is the share of the budget that nothing is charged to yet, by currency ('electrons', 'pixels', 'damage',
+    'seconds'); a currency without a budget is missing.
     """
 
     step: int
@@ -116,6 +118,7 @@ class History:
     feasible: tuple[bool, ...]
     charges: tuple[Charge, ...]
     validity: tuple[float, ...] = ()
+    left: Mapping[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable
