@@ -173,7 +173,7 @@ class Harm:
         x, y = np.floor(place[0] / TILE_NM).astype(int) + forecast.MARGIN
         phase = self.ground.phase.reshape(self.ground.shape)[y, x]
         draws = self.response.score(np.array([phase]), first, later)
-        return float(draws.mean()), math.hypot(float(draws.std()), self.response.diagnostics.get("pair_sd", 0.0))
+        return float(draws.mean()), math.hypot(float(draws.std()), self.response.diagnostics.get("shared_sd", 0.0))
 
     def _contradiction(self, event: DamageMeasured, keys: Keys) -> str:
         """Why a measurement cannot be what the response foretold; empty when it can."""
