@@ -84,15 +84,11 @@ class Harm:
 
     def reserve(self, region: ScanRegion, bound: Charge) -> float:
         """Damage to reserve for an exposure, nm^2: the planned quantile of what its declared electrons may harm."""
-        return self._forecast(region, self._declared(bound)).quantile(self.plan.quantile)
+        return self._reserved(region, bound)
 
     def reserve_by_area(self, region: ScanRegion, bound: Charge) -> tuple[float, ...]:
         """The same in each area that has a limit of damage; 0 in the others."""
-        electrons = self._declared(bound)
-        return tuple(
-            0.0 if area.damage is None else self._forecast(region, electrons, area).quantile(self.plan.quantile)
-            for area in self.areas
-        )
+        return tuple(0.0 if area.damage is None else self._reserved(region, bound, area) for area in self.areas)
 
     def exceeds(self, budget: float) -> float:
         """Chance that the damage so far is more than ``budget`` nm^2."""
@@ -144,9 +140,12 @@ class Harm:
 
     # ------------------------------------------------------------ inside
 
-    def _declared(self, bound: Charge) -> float:
-        """Electrons that the declared current delivers, without the tolerance that the bound adds."""
-        return (bound.electrons or 0) / (1.0 + self.instrument.current_tolerance)
+    def _reserved(self, region: ScanRegion, bound: Charge, area: AreaPlan | None = None) -> float:
+        """The planned quantile of what the declared current may harm: its tolerance, which the bound of electrons adds
+        in full, is taken as two standard deviations."""
+        tolerance = self.instrument.current_tolerance
+        expected = self._forecast(region, (bound.electrons or 0) / (1.0 + tolerance), area)
+        return expected.blurred(0.5 * tolerance).quantile(self.plan.quantile)
 
     def _forecast(self, region: ScanRegion, electrons: float, area: AreaPlan | None = None) -> forecast.Forecast:
         field_nm = self.instrument.field_nm
