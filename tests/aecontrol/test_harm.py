@@ -41,7 +41,7 @@ PLAN = Plan(
 TABLE = ArrayRef(path="frames/x.npy", shape=(36, 4), dtype="float64", sha256="0" * 64)
 
 
-def window(x=9.0, y=9.0, dwell_s=1e-5) -> ScanRegion:
+def window(x=9.0, y=9.0, dwell_s=2e-6) -> ScanRegion:
     return ScanRegion(center_nm=(x, y), fov_nm=(4.0, 4.0), shape=(40, 40), dwell_time_s=dwell_s)
 
 
@@ -114,7 +114,7 @@ def test_the_reserve_covers_the_settlement_and_a_soft_phase_costs_more():
     assert harm.reserve_by_area(window(4.0, 12.0), key(1, window()).bound)[0] < 0.02 * soft  # tails
     assert harm.intact(window()) == 1.0
     after = harm.settled(key(1, window()))
-    assert after.intact(window()) < 0.98
+    assert after.intact(window()) < 0.96
     assert after.intact(window(3.0, 12.0)) > 0.999
 
 
