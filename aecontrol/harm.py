@@ -134,11 +134,24 @@ class Harm:
         """A comparison as the fit takes it; ``scores`` is the table that the event names."""
         assert event.first is not None
         first, later = _fluences(scores[:, :2], event.first, event.key, keys)
-        x, y = np.floor(scores[:, :2].T / TILE_NM).astype(int) + forecast.MARGIN
-        phase = self.ground.phase.reshape(self.ground.shape)[y, x]
-        return Evidence(int(np.bincount(phase).argmax()), first, later, scores[:, 2], scores[:, 3])
+        phase = int(np.bincount(self._phases(scores[:, :2])).argmax())
+        return Evidence(phase, first, later, scores[:, 2], scores[:, 3])
+
+    def middle(self, event: DamageMeasured, keys: Keys) -> tuple[int, float, float]:
+        """Phase in the middle of the place of a comparison, and the fluences there in the middle of its two exposures,
+        e/A^2."""
+        assert event.first is not None
+        place = np.array([keys[event.key].region.center_nm])
+        first, later = _fluences(place, event.first, event.key, keys)
+        return int(self._phases(place)[0]), float(first[0]), float(later[0])
 
     # ------------------------------------------------------------ inside
+
+    def _phases(self, points_nm: Floats) -> NDArray[np.int64]:
+        """Index of the phase [n] at points of the specimen [n, 2]."""
+        x, y = np.floor(points_nm.T / TILE_NM).astype(int) + forecast.MARGIN
+        rows, cols = self.ground.shape
+        return np.asarray(self.ground.phase.reshape(rows, cols)[np.clip(y, 0, rows - 1), np.clip(x, 0, cols - 1)])
 
     def _reserved(self, region: ScanRegion, bound: Charge, area: AreaPlan | None = None) -> float:
         """The planned quantile of what the declared current may harm: its tolerance, which the bound of electrons adds
@@ -165,13 +178,8 @@ class Harm:
     def _foretold(self, event: DamageMeasured, keys: Keys) -> tuple[float, float]:
         """Mean score that the response expects of a comparison, and its standard deviation: of the response, and of
         what all patches of a pair of frames share."""
-        assert event.first is not None
-        region = keys[event.key].region
-        place = np.array([region.center_nm])
-        first, later = _fluences(place, event.first, event.key, keys)
-        x, y = np.floor(place[0] / TILE_NM).astype(int) + forecast.MARGIN
-        phase = self.ground.phase.reshape(self.ground.shape)[y, x]
-        draws = self.response.score(np.array([phase]), first, later)
+        phase, first, later = self.middle(event, keys)
+        draws = self.response.score(np.array([phase]), np.array([first]), np.array([later]))
         return float(draws.mean()), math.hypot(float(draws.std()), self.response.diagnostics.get("shared_sd", 0.0))
 
     def _contradiction(self, event: DamageMeasured, keys: Keys) -> str:
