@@ -22,6 +22,8 @@ from aecontrol.exposure import KeyRecord
 from aecontrol.response import Evidence, Floats, Response, prior
 from aecontrol.types import AreaPlan, Capabilities, Charge, DamagePlan, Plan, ReferencePlan, ScanRegion
 
+MODEL_ERROR = 0.15
+"""Relative standard deviation of a forecast beyond what the fit knows: no law and no metric is exact (a choice)."""
 Keys = Mapping[str, KeyRecord]
 Basis = Literal["measured", "model", "none"]
 
@@ -187,7 +189,7 @@ class Harm:
         assert event.mean is not None
         assert event.sd is not None
         mean, sd = self._foretold(event, keys)
-        off = abs(event.mean - mean) / math.hypot(sd, event.sd)
+        off = abs(event.mean - mean) / math.hypot(sd, event.sd, MODEL_ERROR * mean)
         if off <= NormalDist().inv_cdf(1.0 - self.plan.alarm / 2.0):
             return ""
         return (
