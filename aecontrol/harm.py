@@ -157,7 +157,7 @@ class Harm:
 
     def _reserved(self, region: ScanRegion, bound: Charge, area: AreaPlan | None = None) -> float:
         """The planned quantile of what the declared current may harm: its tolerance, which the bound of electrons adds
-        in full, is taken as two standard deviations."""
+        in full, is taken as two standard deviations. In the one area, or anywhere."""
         tolerance = self.instrument.current_tolerance
         expected = self._forecast(region, (bound.electrons or 0) / (1.0 + tolerance), area)
         return expected.blurred(0.5 * tolerance).quantile(self.plan.quantile)
@@ -165,8 +165,9 @@ class Harm:
     def _forecast(self, region: ScanRegion, electrons: float, area: AreaPlan | None = None) -> forecast.Forecast:
         field_nm = self.instrument.field_nm
         where = forecast.footprint(_place(region), field_nm)
-        among = None if area is None else forecast.area_tiles(area, field_nm)
-        return forecast.forecast(self.plan, self.response, self.ground, self.fluence, where, electrons, among)
+        if area is not None:
+            where = where.among(forecast.area_tiles(area, field_nm))
+        return forecast.forecast(self.plan, self.response, self.ground, self.fluence, where, electrons)
 
     def _charge(self, record: KeyRecord) -> HarmCharge:
         """What a settled key is charged on top of the present map: what is expected of the electrons measured; what was
