@@ -17,10 +17,10 @@ from aecontrol.config import SessionConfig, parse
 from aecontrol.dose import bound_charge
 from aecontrol.durable import write_durable
 from aecontrol.events import Decided, step_text
-from aecontrol.machine import State
 from aecontrol.protocols import HasTruth, Truth
 from aecontrol.scoring import recall_curve, score
 from aecontrol.session import Session
+from aecontrol.state import State
 from aecontrol.types import ScanRegion
 
 Progress = Callable[[str], None]

@@ -30,7 +30,7 @@ from aecontrol.events import (
     Voided,
     step_text,
 )
-from aecontrol.machine import State
+from aecontrol.state import State
 from aecontrol.types import ScanRegion
 
 if TYPE_CHECKING:

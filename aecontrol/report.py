@@ -49,8 +49,9 @@ from aecontrol.figures import (
     drift_of,
     last_belief,
 )
-from aecontrol.machine import State, fold
+from aecontrol.folding import fold
 from aecontrol.session import read_events
+from aecontrol.state import State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

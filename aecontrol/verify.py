@@ -12,9 +12,12 @@ from aecontrol.dose import Totals
 from aecontrol.errors import StorageFault
 from aecontrol.events import Decided, DriftMeasured, Perceived, Recorded, Reembedded, SessionEvent, step_text
 from aecontrol.exposure import LedgerRecord
+from aecontrol.folding import apply, begin
 from aecontrol.journal import read_journal
-from aecontrol.machine import State, apply, begin, next_command
-from aecontrol.session import config_of, load_array, measure_drift, read_events
+from aecontrol.machine import next_command
+from aecontrol.measuring import load_array, measure_drift
+from aecontrol.session import config_of, read_events
+from aecontrol.state import State
 from aecontrol.types import ArrayRef
 
 

@@ -22,9 +22,10 @@ from aecontrol.dose import TileMap
 from aecontrol.errors import AecontrolError, BadInput
 from aecontrol.events import Resumed
 from aecontrol.exposure import InterlockLimits, KeyRecord, absorb
+from aecontrol.folding import apply, fold
 from aecontrol.journal import Journal
-from aecontrol.machine import apply, fold, reference_region
 from aecontrol.session import Session, read_events
+from aecontrol.state import reference_region
 from aecontrol.types import Budget, Charge
 from aecontrol.verify import compare_ledgers
 from drivers.faults import Crash
@@ -162,7 +163,7 @@ def _fresh_key_after_a_crash(patch):
         return after
 
     patch.setattr("aecontrol.session.apply", forget)
-    patch.setattr("aecontrol.machine.apply", forget)
+    patch.setattr("aecontrol.folding.apply", forget)
 
 
 def _no_guard(patch):
@@ -185,7 +186,7 @@ def _charge_what_was_planned_not_delivered(patch):
 
 
 def _no_deduplication(patch):
-    patch.setattr("aecontrol.machine.candidate_index", lambda state, region: -1)
+    patch.setattr("aecontrol.state.candidate_index", lambda state, region: -1)
     patch.setattr("drivers.instrument.on_cancel", lambda ledger, key: None)
 
 
