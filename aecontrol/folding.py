@@ -59,7 +59,7 @@ def apply(state: State, event: SessionEvent) -> State:
         case InstrumentReady():
             return replace(
                 state,
-                phase="overview" if state.plan.overview is not None else "ready",
+                phase=state.rest,
                 capabilities=event.capabilities,
                 perceiver=event.perceiver,
                 metric=event.metric,
@@ -144,7 +144,7 @@ def _apply_decided(state: State, event: Decided) -> State:
 def _give_up(state: State, closed: int = -1) -> State:
     """Leave the current step without a frame; its candidate is not offered again."""
     state = replace(state, refusals=state.refusals + 1, closed=state.closed | ({closed} if closed >= 0 else set()))
-    return _go_back(state) if state.role == "drift" else replace(state, phase="ready")
+    return _go_back(state) if state.role == "drift" else replace(state, phase=state.rest)
 
 
 def _go_back(state: State) -> State:
@@ -267,7 +267,7 @@ def _rest(state: State) -> State:
     """Ready for the next step, once the embedding has been trained if it is time for that."""
     if state.embedding is None and 0 < state.plan.learn_patches <= _patch_count(state.scans):
         return replace(state, phase="learning")
-    return replace(state, phase="ready")
+    return replace(state, phase=state.rest)
 
 
 def _apply_perceived(state: State, event: Perceived) -> State:

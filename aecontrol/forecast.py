@@ -67,6 +67,10 @@ class Forecast:
     mean: Floats
     chance: Floats
 
+    def blurred(self, relative: float) -> Forecast:
+        """The same where the electrons are uncertain by the relative standard deviation ``relative``."""
+        return Forecast(self.mean, np.hypot(self.chance, relative * self.mean))
+
     @property
     def expected(self) -> float:
         """Its mean."""

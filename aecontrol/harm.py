@@ -84,15 +84,11 @@ class Harm:
 
     def reserve(self, region: ScanRegion, bound: Charge) -> float:
         """Damage to reserve for an exposure, nm^2: the planned quantile of what its declared electrons may harm."""
-        return self._forecast(region, self._declared(bound)).quantile(self.plan.quantile)
+        return self._reserved(region, bound)
 
     def reserve_by_area(self, region: ScanRegion, bound: Charge) -> tuple[float, ...]:
         """The same in each area that has a limit of damage; 0 in the others."""
-        electrons = self._declared(bound)
-        return tuple(
-            0.0 if area.damage is None else self._forecast(region, electrons, area).quantile(self.plan.quantile)
-            for area in self.areas
-        )
+        return tuple(0.0 if area.damage is None else self._reserved(region, bound, area) for area in self.areas)
 
     def exceeds(self, budget: float) -> float:
         """Chance that the damage so far is more than ``budget`` nm^2."""
@@ -138,15 +134,31 @@ class Harm:
         """A comparison as the fit takes it; ``scores`` is the table that the event names."""
         assert event.first is not None
         first, later = _fluences(scores[:, :2], event.first, event.key, keys)
-        x, y = np.floor(scores[:, :2].T / TILE_NM).astype(int) + forecast.MARGIN
-        phase = self.ground.phase.reshape(self.ground.shape)[y, x]
-        return Evidence(int(np.bincount(phase).argmax()), first, later, scores[:, 2], scores[:, 3])
+        phase = int(np.bincount(self._phases(scores[:, :2])).argmax())
+        return Evidence(phase, first, later, scores[:, 2], scores[:, 3])
+
+    def middle(self, event: DamageMeasured, keys: Keys) -> tuple[int, float, float]:
+        """Phase in the middle of the place of a comparison, and the fluences there in the middle of its two exposures,
+        e/A^2."""
+        assert event.first is not None
+        place = np.array([keys[event.key].region.center_nm])
+        first, later = _fluences(place, event.first, event.key, keys)
+        return int(self._phases(place)[0]), float(first[0]), float(later[0])
 
     # ------------------------------------------------------------ inside
 
-    def _declared(self, bound: Charge) -> float:
-        """Electrons that the declared current delivers, without the tolerance that the bound adds."""
-        return (bound.electrons or 0) / (1.0 + self.instrument.current_tolerance)
+    def _phases(self, points_nm: Floats) -> NDArray[np.int64]:
+        """Index of the phase [n] at points of the specimen [n, 2]."""
+        x, y = np.floor(points_nm.T / TILE_NM).astype(int) + forecast.MARGIN
+        rows, cols = self.ground.shape
+        return np.asarray(self.ground.phase.reshape(rows, cols)[np.clip(y, 0, rows - 1), np.clip(x, 0, cols - 1)])
+
+    def _reserved(self, region: ScanRegion, bound: Charge, area: AreaPlan | None = None) -> float:
+        """The planned quantile of what the declared current may harm: its tolerance, which the bound of electrons adds
+        in full, is taken as two standard deviations."""
+        tolerance = self.instrument.current_tolerance
+        expected = self._forecast(region, (bound.electrons or 0) / (1.0 + tolerance), area)
+        return expected.blurred(0.5 * tolerance).quantile(self.plan.quantile)
 
     def _forecast(self, region: ScanRegion, electrons: float, area: AreaPlan | None = None) -> forecast.Forecast:
         field_nm = self.instrument.field_nm
@@ -166,14 +178,9 @@ class Harm:
     def _foretold(self, event: DamageMeasured, keys: Keys) -> tuple[float, float]:
         """Mean score that the response expects of a comparison, and its standard deviation: of the response, and of
         what all patches of a pair of frames share."""
-        assert event.first is not None
-        region = keys[event.key].region
-        place = np.array([region.center_nm])
-        first, later = _fluences(place, event.first, event.key, keys)
-        x, y = np.floor(place[0] / TILE_NM).astype(int) + forecast.MARGIN
-        phase = self.ground.phase.reshape(self.ground.shape)[y, x]
-        draws = self.response.score(np.array([phase]), first, later)
-        return float(draws.mean()), math.hypot(float(draws.std()), self.response.diagnostics.get("pair_sd", 0.0))
+        phase, first, later = self.middle(event, keys)
+        draws = self.response.score(np.array([phase]), np.array([first]), np.array([later]))
+        return float(draws.mean()), math.hypot(float(draws.std()), self.response.diagnostics.get("shared_sd", 0.0))
 
     def _contradiction(self, event: DamageMeasured, keys: Keys) -> str:
         """Why a measurement cannot be what the response foretold; empty when it can."""

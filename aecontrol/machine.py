@@ -119,7 +119,10 @@ def preflight(plan: Plan, capabilities: Capabilities) -> None:
     if plan.damage is not None:
         regions += [("reference place", reference_frame(plan.damage, place)) for place in plan.damage.references]
     for name, region in regions:
-        if reason := refusal(state, region, _bound(region, state.bounded), plan.decision_seconds):
+        # with references the first guess of damage will be mended before anything else is exposed
+        learns = plan.damage is not None and plan.damage.references
+        bound = _bound(region, state.bounded) if learns else bound_of(state, region)
+        if reason := refusal(state, region, bound, plan.decision_seconds):
             raise BadInput(f"the {name} cannot be taken: {reason}", f"change the {name}'s table or raise the budget")
 
 
@@ -159,8 +162,21 @@ def history(state: State) -> History:
         scanned=tuple(scan.candidate for scan in state.scans),
         feasible=feasible,
         charges=charges,
+        left=_left(state),
         validity=() if state.harm is None else tuple(state.harm.intact(region) for region in state.candidates),
     )
+
+
+def _left(state: State) -> dict[str, float]:
+    """Share of the budget that nothing is charged to yet, by currency."""
+    budget, charged = state.plan.budget, state.charged
+    pairs = {
+        "electrons": (budget.electrons, charged.electrons),
+        "pixels": (budget.pixels, charged.pixels),
+        "damage": (budget.damage, charged.damage),
+        "seconds": (budget.seconds, charged.seconds),
+    }
+    return {name: max(0.0, 1.0 - spent / limit) for name, (limit, spent) in pairs.items() if limit is not None}
 
 
 def _now(state: State, region: ScanRegion) -> ScanRegion:
@@ -206,7 +222,7 @@ def next_command(state: State) -> Command | None:
         case "new":
             return Identify()
         case "overview":
-            return _take_overview(state)
+            return _before_overview(state) or _take_overview(state)
         case "ready":
             return _when_ready(state)
         case "decided":
@@ -228,6 +244,16 @@ def next_command(state: State) -> Command | None:
             assert state.embedding is not None
             return Reembed(tuple(s.observation for s in state.scans), state.embedding, state.trained_on)
     raise AecontrolError(f"no rule for phase {state.phase!r}")
+
+
+def _before_overview(state: State) -> Command | None:
+    """What must be known before the whole field is exposed: what the beam does to it."""
+    if state.refusals >= MAX_REFUSALS:
+        return Finish(Stopped(cause="safety", reason=f"{state.refusals} exposures in a row could not be carried out"))
+    if state.bad_frames >= MAX_BAD_FRAMES:
+        return Finish(Paused(reason=f"{state.bad_frames} unusable frames in a row: look at the detector, then resume"))
+    place = _due_reference(state)
+    return None if place is None else _look_at(state, place)
 
 
 def _take_overview(state: State) -> FollowPlan:

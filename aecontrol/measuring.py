@@ -18,7 +18,7 @@ from aecontrol.durable import load_npy, npy_bytes, sha256_hex, write_durable
 from aecontrol.errors import StorageFault
 from aecontrol.events import DamageMeasured, DriftMeasured, ResponseFitted
 from aecontrol.state import State
-from aecontrol.types import ArrayRef, Frame, ScanRegion
+from aecontrol.types import ArrayRef, Frame, Plan, ScanRegion
 
 LEAST_PATCHES = 4
 """Fewer patches than this say nothing of a place."""
@@ -50,6 +50,11 @@ class Meter(Protocol):
     @property
     def version(self) -> str:
         """Changes whenever its numbers may."""
+
+    @property
+    def gain_sd(self) -> float | None:
+        """Standard deviation of the logarithm of score over damaged fraction; None for a metric that does not estimate
+        the fraction."""
 
     def read(
         self,
@@ -134,7 +139,16 @@ def measure_damage(folder: Path, command: MeasureDamage, state: State, meter: Me
     )
 
 
-def fit(folder: Path, state: State) -> ResponseFitted:
+def meter_of(plan: Plan, device: str) -> Meter | None:
+    """The meter that a plan asks for, ready; None where damage is not measured. Raises BadInput."""
+    if plan.damage is None:
+        return None
+    from aecontrol.perception.damage.meter import build_meter
+
+    return build_meter(plan.damage.metric, device)
+
+
+def fit(folder: Path, state: State, meter: Meter) -> ResponseFitted:
     """The response that all measurements so far support. Raises StorageFault."""
     from aecontrol.fit_response import fit_response
 
@@ -149,6 +163,7 @@ def fit(folder: Path, state: State) -> ResponseFitted:
         harm.response.phases,
         harm.plan.critical_fluence_e_per_A2,
         harm.plan.exponent,
+        meter.gain_sd,
         seed=state.seed,
     )
     return ResponseFitted(response=response, measurements=len(evidence))

@@ -12,7 +12,6 @@ saturates: then the straight line F / F_c (for k = 1) stands for d, which it bou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from statistics import NormalDist
 from typing import Annotated
 
@@ -76,7 +75,6 @@ class Response(Model):
         return np.array(self.amplitude)[:, None] * change
 
 
-@lru_cache(maxsize=8)
 def _tables(response: Response) -> tuple[Floats, NDArray[np.bool_]]:
     """Critical fluences [draws, phases], and which phases are known to saturate [phases]."""
     scale = np.array(response.critical_fluence_e_per_A2).T

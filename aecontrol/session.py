@@ -65,7 +65,7 @@ from aecontrol.exposure import Outcome
 from aecontrol.folding import apply, begin, fold
 from aecontrol.journal import Journal, read_journal
 from aecontrol.machine import next_command, preflight
-from aecontrol.measuring import Meter, fit, load_array, measure_damage, measure_drift, store_array
+from aecontrol.measuring import fit, load_array, measure_damage, measure_drift, meter_of, store_array
 from aecontrol.protocols import Embedding, FrameData, Microscope, Perceiver, Reading
 from aecontrol.state import State
 from aecontrol.types import Frame, Observation, ScanRegion
@@ -199,11 +199,7 @@ class Effects:
         seed = config.tables.session.seed
         self._microscope: Microscope = config.driver.build(folder / "instrument", config.base, seed)
         self._perceiver: Perceiver = config.perceiver.build(device)
-        self._meter: Meter | None = None
-        if config.plan.damage is not None:
-            from aecontrol.perception.damage.meter import build_meter
-
-            self._meter = build_meter(config.plan.damage.metric, device)
+        self._meter = meter_of(config.plan, device)
         if state.capabilities is not None:
             self._same_parts(state)
         self._embedding: Embedding | None = None
@@ -247,7 +243,8 @@ class Effects:
                 assert self._meter is not None
                 yield measure_damage(self._folder, command, state, self._meter)
             case FitResponse():
-                yield fit(self._folder, state)
+                assert self._meter is not None
+                yield fit(self._folder, state, self._meter)
             case Learn():
                 yield self._learn(command, state)
             case Reembed():

@@ -137,6 +137,12 @@ class State:
         return self.capabilities if self.plan.drift is None else self.capabilities.held(self.plan.drift.limit_nm)
 
     @property
+    def rest(self) -> Phase:
+        """The phase between two exposures: ahead of the overview that is planned, or after it."""
+        taken = any(decided.step == 0 for decided in self.decisions)
+        return "ready" if self.plan.overview is None or taken else "overview"
+
+    @property
     def role(self) -> str:
         """What the exposure is for that is being carried out."""
         return "" if self.decision is None else self.decision.role
