@@ -110,12 +110,13 @@ class FeatureMetric:
         images = _enlarged(images, rows * side, cols * side)
         below, right = (-n % COARSEST_PX for n in images.shape[2:])
         maps = self._layer(functional.pad(images, (0, right, 0, below), mode="replicate")).float()
-        by_row, by_col = (self._shares(n, maps.shape[axis]).to(maps) for n, axis in ((rows, 2), (cols, 3)))
+        by_row, by_col = (self.shares(n, maps.shape[axis]).to(maps) for n, axis in ((rows, 2), (cols, 3)))
         pooled = torch.einsum("rh,nchw,sw->nrsc", by_row, maps, by_col)
         return pooled.reshape(2, rows * cols, -1)
 
-    def _shares(self, patches: int, features: int) -> Tensor:
-        """[patches, features]: share of each feature's own pixels in each patch along one axis; rows sum to 1."""
+    def shares(self, patches: int, features: int) -> Tensor:
+        """[patches, features]: share of each feature in each patch along one axis, by the pixels around the feature's
+        centre; rows sum to 1."""
         side, stride = float(self.settings.input_size), stride_px(self.settings.layer)
         left = stride * np.arange(features) + self.backbone.centres_px[self.settings.layer] - stride / 2
         start = side * np.arange(patches)[:, None]
