@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -52,17 +52,25 @@ class FeatureSettings(Model):
     layer: Literal[0, 1, 2, 3, 4] = Field(4, description="features of layer k lie 2^(k+1) px of the input apart")
     input_size: Literal[20, 40, 64, 224] = Field(20, description="side that a patch is enlarged to, px; 20: as it is")
     centred: bool = Field(False, description="subtract the mean feature of the first frame before the cosine")
-    distance: Literal["cosine", "whitened"] = Field(
-        "cosine", description="1 - cosine; or Euclidean, by the covariance that features have in the first frame"
+    distance: Literal["cosine", "whitened", "pointwise"] = Field(
+        "cosine",
+        description="of the averages over patches: 1 - cosine, or Euclidean by the covariance they have in the first "
+        "frame; or of every feature from its counterpart, 1 - cosine, averaged afterwards",
     )
     dense: bool = Field(False, description="one pass over the whole frame in place of one for each patch")
     bfloat16: bool = Field(False, description="compute in bfloat16")
+
+    @model_validator(mode="after")
+    def _of_use(self) -> FeatureSettings:
+        if self.centred and self.distance != "cosine":
+            raise ValueError(f"centred: has no meaning for the distance {self.distance!r}")
+        return self
 
     @property
     def label(self) -> str:
         """One line for tables, hash included."""
         size = f"{self.input_size} px, " + ("dense" if self.dense else "by patch")
-        how = "centred cosine" if self.centred and self.distance == "cosine" else self.distance
+        how = "centred cosine" if self.centred else self.distance
         kind = "ImageNet" if self.weights == "imagenet" else "random control"
         digits = ", bf16" if self.bfloat16 else ""
         return f"{self.backbone} {kind} {self.sha256[:8]}, layer {self.layer}, {size}, {how}{digits}"
@@ -82,16 +90,19 @@ class FeatureMetric:
         frames = normalised(first, later)
         rows, cols = frames.shape[1] // PATCH_PX, frames.shape[2] // PATCH_PX
         frames = frames[:, : rows * PATCH_PX, : cols * PATCH_PX]
-        a, b = self.features(frames)
-        distance = whitened if self.settings.distance == "whitened" else cosine
+        found = self.averages(frames)
+        if self.settings.distance == "pointwise":
+            return found.reshape(rows, cols)
+        a, b = found
         if self.settings.centred:
             mean = a.mean(axis=0)
             a, b = a - mean, b - mean
+        distance = whitened if self.settings.distance == "whitened" else cosine
         return np.maximum(distance(a, b), 0.0).reshape(rows, cols)
 
-    def features(self, frames: NDArray[np.float32], batch: int = BATCH) -> Floats:
-        """Mean features [2, patches, channels] of normalised frames [2, rows, cols] of whole patches; ``batch``:
-        patches a pass."""
+    def averages(self, frames: NDArray[np.float32], batch: int = BATCH) -> Floats:
+        """Of normalised frames [2, rows, cols] of whole patches: features averaged over patches [2, patches,
+        channels], or ('pointwise') their distances [1, patches, 1]; ``batch``: patches a pass."""
         images = torch.from_numpy(frames)[:, None].to(self.device)
         with torch.inference_mode():
             found = self._dense(images) if self.settings.dense else self._by_patch(images, batch)
@@ -99,20 +110,31 @@ class FeatureMetric:
 
     def _by_patch(self, images: Tensor, batch: int) -> Tensor:
         patches = functional.unfold(images, PATCH_PX, stride=PATCH_PX).transpose(1, 2)
-        patches = patches.reshape(-1, 1, PATCH_PX, PATCH_PX)
-        side = self.settings.input_size
-        parts = [self._layer(_enlarged(part, side, side)).float().mean((2, 3)) for part in torch.split(patches, batch)]
-        return torch.cat(parts).reshape(2, -1, parts[0].shape[1])
+        side, found = self.settings.input_size, []
+        for part in torch.split(patches, batch, dim=1):
+            enlarged = _enlarged(part.reshape(-1, 1, PATCH_PX, PATCH_PX), side, side)
+            maps = self._layer(enlarged)
+            found.append(self._seen(maps.reshape(2, -1, *maps.shape[1:])).mean((3, 4)))
+        return torch.cat(found, 1)
 
     def _dense(self, images: Tensor) -> Tensor:
         side = self.settings.input_size
         rows, cols = (n // PATCH_PX for n in images.shape[2:])
         images = _enlarged(images, rows * side, cols * side)
         below, right = (-n % COARSEST_PX for n in images.shape[2:])
-        maps = self._layer(functional.pad(images, (0, right, 0, below), mode="replicate")).float()
+        maps = self._seen(self._layer(functional.pad(images, (0, right, 0, below), mode="replicate")))
         by_row, by_col = (self.shares(n, maps.shape[axis]).to(maps) for n, axis in ((rows, 2), (cols, 3)))
-        pooled = torch.einsum("rh,nchw,sw->nrsc", by_row, maps, by_col)
-        return pooled.reshape(2, rows * cols, -1)
+        return torch.einsum("rh,nchw,sw->nrsc", by_row, maps, by_col).flatten(1, 2)
+
+    def _seen(self, maps: Tensor) -> Tensor:
+        """What is averaged over a patch: the features [2, ..., channels, h, w] of both frames or, pointwise, half the
+        squared distance of their directions [1, ..., 1, h, w], which is 1 - cosine and 0 for equal ones exactly."""
+        maps = maps.float()
+        if self.settings.distance != "pointwise":
+            return maps
+        a, b = functional.normalize(maps, dim=-3)
+        distance: Tensor = 0.5 * (a - b).square().sum(-3, keepdim=True)[None]
+        return distance
 
     def shares(self, patches: int, features: int) -> Tensor:
         """[patches, features]: share of each feature in each patch along one axis, by the pixels around the feature's
