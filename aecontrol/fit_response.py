@@ -9,7 +9,8 @@ Score of a patch between two exposures, with A the metric's gain and F_p the cri
 
 The s.d. of a patch's own error is that of an undamaged patch or, where the patches of a pair scatter more than that
 about each other, what they scatter: damage comes in whole bond units. Patches of a pair whose fluences agree within 2 %
-enter as their weighted mean, which loses nothing.
+enter as their weighted mean, which loses nothing; comparisons with the same first frame have errors in common
+(``evidence_table``).
 
 The posterior is sampled by sequential Monte Carlo under that Pyro model: populations of points go from the prior to
 the posterior as the evidence is given more and more weight, resampled and moved by Metropolis steps on the way (Del
@@ -34,15 +35,14 @@ from torch import Tensor
 
 from aecontrol.errors import BadInput
 
+from .evidence_table import check_evidence, means_of
 from .response import Evidence, Response
 
 BETWEEN_SPECIMENS, BETWEEN_PHASES = 2.0, 0.5
 """Prior s.d. of log F, and of log F_p about it."""
 SHARED = 0.3
 """Prior scale of the error that the patches of a pair of frames share, in null s.d. of one patch."""
-_SAME_FLUENCE = 0.02
 _NUDGE = 1.0 + 1e-4  # of a parameter, for a difference quotient
-_POOLED = 10.0  # degrees of freedom that the scatter of all pairs counts against the scatter of one
 _POPULATIONS, _POINTS = 4, 256
 _MOVES, _LAST_MOVES = 6, 24
 _KEPT = 0.5  # share of the points that a step towards the posterior leaves effective
@@ -64,7 +64,8 @@ def fit_response(
     Diagnostics: ``r_hat`` between independent populations (trust below 1.05), ``effective_draws``, ``acceptance``,
     ``log_evidence``, ``shared_sd`` of the error of a pair. Raises BadInput for input that no fit can use.
     """
-    _check(evidence, phases, reference_e_per_A2, exponent, gain_sd, draws)
+    _check(phases, reference_e_per_A2, exponent, gain_sd, draws)
+    check_evidence(evidence, len(phases))
     table = _table(evidence, len(phases), math.log(reference_e_per_A2), exponent, gain_sd)
     if len(table.mean):
         points, diagnostics = _climb(table, seed)
@@ -87,11 +88,11 @@ def fit_response(
 def criticise(response: Response, evidence: Sequence[Evidence]) -> float:
     """Posterior predictive p-value of the response's law, given the evidence that it was fitted to.
 
-    The means of the pairs are held against the law, at every draw, leaving out what another critical fluence or gain
-    would explain and with shared errors as large as the prior takes them to be: all that is left (chi-squared), and
-    what another exponent would explain of it (one degree of freedom); the smaller p-value, doubled. Below 0.01 the law
-    does not describe the data: another exponent, a response that changed during the session, or patches that are not
-    of one phase. 1 where there are too few pairs to tell.
+    The mean scores are held against the law, at every draw, leaving out what another critical fluence or gain would
+    explain and with errors of whole frames as large as the prior takes them to be: all that is left (chi-squared),
+    and what another exponent would explain of it (one degree of freedom); the smaller p-value, doubled. Below 0.01
+    the law does not describe the data: another exponent, a response that changed during the session, or patches that
+    are not of one phase. 1 where there are too few comparisons to tell.
     """
     from scipy.stats import chi2
 
@@ -102,21 +103,20 @@ def criticise(response: Response, evidence: Sequence[Evidence]) -> float:
     critical = torch.tensor(response.critical_fluence_e_per_A2, dtype=torch.float64).T
     amplitude = torch.tensor(response.amplitude, dtype=torch.float64)
     shared = table.shared_scale * _half_normal(_sobol(len(amplitude), 1, 0))[:, None]
-    weight = table.weight @ table.pair
-    unit = torch.sqrt(1.0 / weight + shared**2)
+    unit = torch.sqrt(1.0 + shared**2 * table.spread)
 
-    def by_pair(rows: Tensor, prior: float | Tensor = 0.0) -> Tensor:
-        means = ((rows * table.weight) @ table.pair) / weight / unit
-        return torch.cat([means, torch.as_tensor(prior).expand(len(means))[:, None] / (gain_sd or math.inf)], -1)
+    def in_units(rows: Tensor, prior: float | Tensor = 0.0) -> Tensor:
+        last = torch.as_tensor(prior).expand(len(rows))[:, None] / (gain_sd or math.inf)
+        return torch.cat([rows @ table.whiten / unit, last], -1)
 
     expected = table.expected(critical, amplitude)
-    away = by_pair(table.mean - expected, -amplitude.log())
-    free = torch.stack([by_pair(rows) for rows in _slopes(table, critical, amplitude)] + [by_pair(expected, 1.0)], -1)
-    shape = by_pair(replace(table, exponent=table.exponent * _NUDGE).expected(critical, amplitude) - expected)
-    basis, size, _ = torch.linalg.svd(free, full_matrices=False)
+    away = in_units(table.mean - expected, -amplitude.log())
+    free = [in_units(rows) for rows in _slopes(table, critical, amplitude)] + [in_units(expected, 1.0)]
+    shape = in_units(replace(table, exponent=table.exponent * _NUDGE).expected(critical, amplitude) - expected)
+    basis, size, _ = torch.linalg.svd(torch.stack(free, -1), full_matrices=False)
     basis = basis * (size > 1e-6 * size[..., :1])[..., None, :]
     away, shape = (part - (basis @ (basis.mT @ part[..., None])).squeeze(-1) for part in (away, shape))
-    freedom = len(weight) + (gain_sd is not None) - basis.square().sum((-1, -2)).round()
+    freedom = len(table.mean) + (gain_sd is not None) - basis.square().sum((-1, -2)).round()
     along = (away * shape).sum(-1) ** 2 / shape.square().sum(-1).clamp(min=1e-300)
     every, one = chi2.sf(away.square().sum(-1).numpy(), freedom.clamp(min=1e-9)), chi2.sf(along.numpy(), 1)
     return float(min(1.0, 2.0 * min(every.mean(), one.mean()))) if freedom.min() >= 1 else 1.0
@@ -135,15 +135,15 @@ def _slopes(table: _Table, critical: Tensor, amplitude: Tensor) -> Iterator[Tens
 
 @dataclass(frozen=True)
 class _Table:
-    """Evidence as means of patches of equal fluence [r]; ``weight`` [r]: inverse squares of their standard errors;
-    ``pair`` [r, j]: 1 where a mean is of the pair j of frames, else 0."""
+    """Evidence as means [r]; ``whiten`` [r, r] takes them to coordinates in which their errors are independent, of
+    variance 1 + ``spread`` [r] times the variance of the errors of whole frames."""
 
     phase: Tensor
     first: Tensor
     later: Tensor
     mean: Tensor
-    weight: Tensor
-    pair: Tensor
+    whiten: Tensor
+    spread: Tensor
     phases: int
     log_reference: float
     exponent: float
@@ -187,13 +187,10 @@ def model(table: _Table, shape: tuple[int, ...] = ()) -> None:
 
 
 def _log_likelihood(table: _Table, latent: _Latent) -> Tensor:
-    """Of the means, normal, with an error that those of a pair share (matrix determinant lemma and Woodbury)."""
-    residual = table.mean - table.expected(latent.critical, latent.amplitude)
-    drawn = residual * table.weight
-    variance = latent.shared[..., None] ** 2
-    grown = 1.0 + variance * (table.weight @ table.pair)
-    explained = variance * (drawn @ table.pair) ** 2 / grown
-    return -0.5 * ((drawn * residual).sum(-1) - explained.sum(-1) + grown.log().sum(-1))
+    """Of the means, which are normal."""
+    away = (table.mean - table.expected(latent.critical, latent.amplitude)) @ table.whiten
+    variance = 1.0 + latent.shared[..., None] ** 2 * table.spread
+    return -0.5 * (away.square() / variance + variance.log()).sum(-1)
 
 
 def _half_normal(point: Tensor) -> Tensor:
@@ -205,15 +202,8 @@ def _half_normal(point: Tensor) -> Tensor:
 # ------------------------------------------------------------ the evidence
 
 
-def _check(
-    evidence: Sequence[Evidence],
-    phases: Sequence[str],
-    reference: float,
-    exponent: float,
-    gain_sd: float | None,
-    draws: int,
-) -> None:
-    """Raises BadInput for what no fit can use."""
+def _check(phases: Sequence[str], reference: float, exponent: float, gain_sd: float | None, draws: int) -> None:
+    """Raises BadInput for a question that has no answer."""
     if not phases:
         raise BadInput("a response was asked for without phases", "name at least one phase of the specimen")
     numbers = {"reference fluence": reference, "exponent": exponent, "draws": draws}
@@ -221,18 +211,6 @@ def _check(
     for name, value in numbers.items():
         if not (math.isfinite(value) and value > 0.0):
             raise BadInput(f"the {name} of a response is {value}; it must be above 0", "give a positive number")
-    for part in evidence:
-        sizes = {np.shape(values) for values in (part.first, part.later, part.score, part.sd)}
-        if len(sizes) != 1 or len(next(iter(sizes))) != 1:
-            raise BadInput(f"evidence comes as arrays of {sorted(sizes)}", "give one row of equal length each")
-        if not 0 <= part.phase < len(phases):
-            raise BadInput(f"evidence is of phase {part.phase} of {len(phases)}", "give the index of a phase")
-        if not all(np.isfinite(values).all() for values in (part.first, part.later, part.score, part.sd)):
-            raise BadInput("evidence holds numbers that are not finite", "leave patches out that are not valid")
-        if (np.asarray(part.first) < 0.0).any() or (np.asarray(part.later) < part.first).any():
-            raise BadInput("fluence of evidence is negative or falls", "give 0 <= first <= later, e/A^2")
-        if (np.asarray(part.sd) <= 0.0).any():
-            raise BadInput("the null of evidence has a standard deviation of 0", "give that of an undamaged patch")
 
 
 def _tested(evidence: Sequence[Evidence], phase: int) -> float:
@@ -243,48 +221,27 @@ def _tested(evidence: Sequence[Evidence], phase: int) -> float:
 def _table(
     evidence: Sequence[Evidence], phases: int, log_reference: float, exponent: float, gain_sd: float | None
 ) -> _Table:
-    """Evidence as means."""
-    pairs = [part for part in evidence if len(part.score)]
-    excess = _excess_variance(pairs)
-    rows = [(number, row) for number, part in enumerate(pairs) for row in _rows(part, excess[number])]
-    values = np.array([row for _, row in rows]).reshape(-1, 4)
-    first, later, mean, weight = (torch.from_numpy(np.ascontiguousarray(column)) for column in values.T)
-    pair = torch.zeros((len(rows), len(pairs)), dtype=torch.float64)
-    pair[torch.arange(len(rows)), [number for number, _ in rows]] = 1.0
-    null = float(np.median(np.concatenate([part.sd for part in pairs]))) if pairs else 1.0
-    phase = torch.tensor([pairs[number].phase for number, _ in rows], dtype=torch.long)
-    return _Table(phase, first, later, mean, weight, pair, phases, log_reference, exponent, gain_sd, SHARED * null)
+    """Evidence as means, and the coordinates in which their errors are independent."""
+    means = means_of(evidence, gain_sd is not None)
+    own = np.linalg.inv(np.linalg.cholesky(means.error)) if len(means.mean) else means.error
+    spread, axes = np.linalg.eigh(own @ means.shared @ own.T)
 
+    def tensor(values: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values))
 
-def _groups(part: Evidence) -> Iterator[NDArray[np.intp]]:
-    """Patches of a pair whose fluences agree."""
-    key = np.round(np.log1p(np.stack([part.first, part.later])) / _SAME_FLUENCE)
-    _, group = np.unique(key, axis=1, return_inverse=True)
-    for number in range(group.max() + 1):
-        yield np.flatnonzero(group == number)
-
-
-def _rows(part: Evidence, excess: float) -> Iterator[tuple[float, float, float, float]]:
-    """First and later fluence, mean score and its weight, by group of equal fluence."""
-    weight = 1.0 / (part.sd**2 + excess)
-    for group in _groups(part):
-        first, later, score = (
-            float(np.average(values[group], weights=weight[group])) for values in (part.first, part.later, part.score)
-        )
-        yield first, later, score, float(weight[group].sum())
-
-
-def _excess_variance(pairs: Sequence[Evidence]) -> list[float]:
-    """By pair: how much more the patches of equal fluence scatter than the null lets them, drawn towards the mean of
-    all pairs where there are few."""
-    excess, freedom = np.zeros(len(pairs)), np.zeros(len(pairs))
-    for number, part in enumerate(pairs):
-        for group in _groups(part):
-            deviation = part.score[group] - part.score[group].mean()
-            excess[number] += np.sum(deviation**2) - np.mean(part.sd[group] ** 2) * (len(group) - 1)
-            freedom[number] += len(group) - 1
-    pooled = excess.sum() / max(freedom.sum(), 1.0)
-    return [float(value) for value in np.maximum((excess + _POOLED * pooled) / (freedom + _POOLED), 0.0)]
+    return _Table(
+        tensor(means.phase),
+        tensor(means.first),
+        tensor(means.later),
+        tensor(means.mean),
+        tensor(own.T @ axes),
+        tensor(np.maximum(spread, 0.0)),
+        phases,
+        log_reference,
+        exponent,
+        gain_sd,
+        SHARED * means.null_sd,
+    )
 
 
 # ------------------------------------------------------------ the sampler

@@ -137,7 +137,7 @@ class Harm:
         assert event.first is not None
         first, later = _fluences(scores[:, :2], event.first, event.key, keys)
         phase = int(np.bincount(self._phases(scores[:, :2])).argmax())
-        return Evidence(phase, first, later, scores[:, 2], scores[:, 3])
+        return Evidence(phase, first, later, scores[:, 2], scores[:, 3], event.first)
 
     def middle(self, event: DamageMeasured, keys: Keys) -> tuple[int, float, float]:
         """Phase in the middle of the place of a comparison, and the fluences there in the middle of its two exposures,

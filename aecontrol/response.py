@@ -33,13 +33,15 @@ Draws = Annotated[tuple[Positive, ...], Field(min_length=1)]
 class Evidence:
     """Patches of one phase, compared between two exposures. ``phase`` indexes ``Response.phases``; ``first`` and
     ``later`` [n] e/A^2: fluence at the patch in the middle of either exposure; ``score`` [n]: excess of the metric over
-    its null; ``sd`` [n]: standard deviation of the score of an undamaged patch."""
+    its null; ``sd`` [n]: standard deviation of the score of an undamaged patch; ``frame``: name of the first
+    frame, whose noise all comparisons with it share ('': no other is compared with it)."""
 
     phase: int
     first: Floats
     later: Floats
     score: Floats
     sd: Floats
+    frame: str = ""
 
 
 class Response(Model):
