@@ -54,6 +54,11 @@ class Footprint:
     tiles: NDArray[np.int64]
     share: Floats
 
+    def among(self, tiles: NDArray[np.bool_]) -> Footprint:
+        """The part of it in the ``tiles`` [of the ground] that are marked."""
+        kept = tiles[self.tiles]
+        return Footprint(self.tiles[kept], self.share[kept])
+
     def added(self, electrons: float) -> Floats:
         """Fluence [n] that so many electrons add, e/A^2."""
         return electrons * self.share / nm_to_angstrom(TILE_NM) ** 2
@@ -108,6 +113,7 @@ def ground(plan: DamagePlan, areas: tuple[AreaPlan, ...], field_nm: tuple[float,
     return Ground(shape, phase.ravel(), weight.ravel())
 
 
+@lru_cache(maxsize=64)
 def area_tiles(area: AreaPlan, field_nm: tuple[float, float]) -> NDArray[np.bool_]:
     """Mask [n] of the ground's tiles that meet an area."""
     return _tiles_in(field_nm, area.center_nm, area.fov_nm, 0.5 * TILE_NM).ravel()
@@ -171,17 +177,14 @@ def forecast(
     fluence: Floats,
     where: Footprint,
     electrons: float,
-    among: NDArray[np.bool_] | None = None,
 ) -> Forecast:
-    """Damage that ``electrons`` more would do where the ground has received ``fluence`` [n] e/A^2; ``among``: in these
-    tiles [n] only.
+    """Damage that ``electrons`` more would do where the ground has received ``fluence`` [n] e/A^2.
 
     In a tile of area a with N = a x sites bond units, chance adds the variance of a binomial number of them,
     (a w)^2 p (1 - p) / N with p the share that breaks.
     """
-    kept = slice(None) if among is None else among[where.tiles]
-    tiles, before = where.tiles[kept], fluence[where.tiles][kept]
-    after = before + where.added(electrons)[kept]
+    tiles, before = where.tiles, fluence[where.tiles]
+    after = before + where.added(electrons)
     phase, weight = on.phase[tiles], on.weight[tiles] * TILE_NM**2
     broken = response.damaged(phase, after) - response.damaged(phase, before)
     variance = (weight**2 * broken * (1.0 - broken)).sum(axis=1) / (plan.sites_per_nm2 * TILE_NM**2)

@@ -22,6 +22,8 @@ from aecontrol.exposure import KeyRecord
 from aecontrol.response import Evidence, Floats, Response, prior
 from aecontrol.types import AreaPlan, Capabilities, Charge, DamagePlan, Plan, ReferencePlan, ScanRegion
 
+MODEL_ERROR = 0.15
+"""Relative standard deviation of a forecast beyond what the fit knows: no law and no metric is exact (a choice)."""
 Keys = Mapping[str, KeyRecord]
 Basis = Literal["measured", "model", "none"]
 
@@ -155,7 +157,7 @@ class Harm:
 
     def _reserved(self, region: ScanRegion, bound: Charge, area: AreaPlan | None = None) -> float:
         """The planned quantile of what the declared current may harm: its tolerance, which the bound of electrons adds
-        in full, is taken as two standard deviations."""
+        in full, is taken as two standard deviations. In the one area, or anywhere."""
         tolerance = self.instrument.current_tolerance
         expected = self._forecast(region, (bound.electrons or 0) / (1.0 + tolerance), area)
         return expected.blurred(0.5 * tolerance).quantile(self.plan.quantile)
@@ -163,8 +165,9 @@ class Harm:
     def _forecast(self, region: ScanRegion, electrons: float, area: AreaPlan | None = None) -> forecast.Forecast:
         field_nm = self.instrument.field_nm
         where = forecast.footprint(_place(region), field_nm)
-        among = None if area is None else forecast.area_tiles(area, field_nm)
-        return forecast.forecast(self.plan, self.response, self.ground, self.fluence, where, electrons, among)
+        if area is not None:
+            where = where.among(forecast.area_tiles(area, field_nm))
+        return forecast.forecast(self.plan, self.response, self.ground, self.fluence, where, electrons)
 
     def _charge(self, record: KeyRecord) -> HarmCharge:
         """What a settled key is charged on top of the present map: what is expected of the electrons measured; what was
@@ -187,7 +190,7 @@ class Harm:
         assert event.mean is not None
         assert event.sd is not None
         mean, sd = self._foretold(event, keys)
-        off = abs(event.mean - mean) / math.hypot(sd, event.sd)
+        off = abs(event.mean - mean) / math.hypot(sd, event.sd, MODEL_ERROR * mean)
         if off <= NormalDist().inv_cdf(1.0 - self.plan.alarm / 2.0):
             return ""
         return (

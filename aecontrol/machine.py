@@ -10,10 +10,11 @@ region is scanned: decided -> decided (drift) -> reserved -> exposed -> recorded
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from aecontrol.areas import AreaCharge, over_areas, same_names
+from aecontrol.areas import AreaCharge, over_areas, same_names, share_within
 from aecontrol.commands import (
     Command,
     Decide,
@@ -56,6 +57,7 @@ from aecontrol.state import (
     windows,
 )
 from aecontrol.types import (
+    AreaPlan,
     Capabilities,
     Charge,
     DriftPlan,
@@ -111,7 +113,7 @@ def preflight(plan: Plan, capabilities: Capabilities) -> None:
     _check_damage(plan, state)
     candidate_grid(plan.scan, capabilities.field_nm, plan.margin_nm)
     grids = [windows(kind, capabilities.field_nm, plan.margin_nm) for kind in plan.scan.kinds]
-    regions = [("sub-scan", grid[0]) for grid in grids]
+    regions = [("sub-scan", _first_outside(plan.areas, grid)) for grid in grids]
     if plan.overview is not None:
         regions.insert(0, ("overview", overview_region(plan.overview, capabilities.field_nm, plan.margin_nm)))
     if plan.drift is not None:
@@ -124,6 +126,12 @@ def preflight(plan: Plan, capabilities: Capabilities) -> None:
         bound = _bound(region, state.bounded) if learns else bound_of(state, region)
         if reason := refusal(state, region, bound, plan.decision_seconds):
             raise BadInput(f"the {name} cannot be taken: {reason}", f"change the {name}'s table or raise the budget")
+
+
+def _first_outside(areas: Sequence[AreaPlan], grid: Sequence[ScanRegion]) -> ScanRegion:
+    """The first window that meets no area with limits of its own, if there is one."""
+    free = (region for region in grid if not any(share_within(region, area, 0.0) for area in areas))
+    return next(free, grid[0])
 
 
 def _check_damage(plan: Plan, state: State) -> None:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from aecontrol.errors import BadInput
 from aecontrol.protocols import Change, Truth
-from aecontrol.scoring import match, merge_duplicates, recall_curve, score, spent_at_recall, true_damage
+from aecontrol.scoring import match, merge_duplicates, recall_curve, score, spent_at_recall
+from aecontrol.true_damage import true_damage
 from tests.windows import inside_boxes, oracle_order, pixels_spent, random_order, window_boxes
 
 COORDINATE = st.integers(0, 12).map(float)

@@ -146,7 +146,8 @@ def test_sacrificed_places_do_not_count_and_weights_do():
     on = ground(PLAN, (area,), FIELD_NM)
     assert forecast(PLAN, believed, on, on.fresh, there, 1e6).expected == pytest.approx(3.0 * whole, rel=0.01)
     inside = area_tiles(area, FIELD_NM)
-    assert forecast(PLAN, believed, on, on.fresh, there, 1e6, inside).expected == pytest.approx(3.0 * whole, rel=0.01)
+    there = there.among(inside)
+    assert forecast(PLAN, believed, on, on.fresh, there, 1e6).expected == pytest.approx(3.0 * whole, rel=0.01)
 
 
 def test_local_fluence_is_electrons_per_area_inside_only():

@@ -157,7 +157,7 @@ def test_a_measurement_that_contradicts_the_forecast_raises_the_alarm():
     once = records[0].charge.electrons / 900.0
     foretold = float(np.exp(-0.5 * once / 2000.0) - np.exp(-1.5 * once / 2000.0))
     assert not harm.measured(seen(records[1], records[0], foretold + 0.03), keys).alarm
-    warm = harm.measured(seen(records[1], records[0], foretold + 0.04), keys)
+    warm = harm.measured(seen(records[1], records[0], foretold + 0.08), keys)
     assert "temperature" in warm.alarm
     untaught = replace(harm, response=response().model_copy(update={"method": "prior"}))
     assert not untaught.measured(seen(records[1], records[0], 1.0), keys).alarm

@@ -1,0 +1,123 @@
+"""The learned damage metric: one small encoder sees both frames densely, a head compares what it made of them, patch by
+patch, and estimates the share of the matter in the patch that was removed or displaced.
+
+The encoder works at a quarter of the resolution, so that a patch of 20 pixels is 5 x 5 of its cells, and a whole frame
+takes one pass. The head pools inside each patch only; besides, it knows the mean over all patches (a change of focus or
+a shift looks the same everywhere) and the level of shot noise. Convolutions are read with normalisations folded in, and
+in bfloat16 where the processor multiplies such numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+PATCH_PX = 20
+CELLS = 5
+"""Cells of the encoder along a patch's side."""
+BRIGHT = 0.2
+"""Patches below this part of the mean brightness do not tell of gain or noise."""
+LIMIT = 12.0
+"""Pixels are clipped to this many times the image's contrast."""
+LEAST_CONTRAST = 0.1
+
+
+def standardised(pair: Tensor) -> tuple[Tensor, Tensor]:
+    """Frames [n, 2, h, w] in any units, as both look on one scale [n, 2, 2, h, w] (frame; counts, root of counts), and
+    their shot noise [n, 2] on that scale.
+
+    The unit of a count follows from the noise of the difference, which holds no structure: in 2 x 2 pixels the
+    difference of the diagonals, squared, is on average the mean counts of both. The ratio of gains is that of most
+    patches. The scale is the contrast of the first frame without its noise.
+    """
+    pair = pair.float()
+    first, later = pair[:, :1], pair[:, 1:]
+    mean, mean_later = (functional.avg_pool2d(f, PATCH_PX).flatten(1) for f in (first, later))
+    level = mean.mean(1, keepdim=True).clamp(min=1e-9)
+    bright = (mean > BRIGHT * level) & (mean_later > 0)
+    ratio = _median(mean / mean_later.clamp(min=1e-9 * level), bright)
+    change = first - ratio[:, :, None, None] * later
+    corner = change[:, :, ::2, ::2] - change[:, :, ::2, 1::2] - change[:, :, 1::2, ::2] + change[:, :, 1::2, 1::2]
+    noise = functional.avg_pool2d((0.5 * corner) ** 2, PATCH_PX // 2).flatten(1)
+    unit = _median(noise / (mean * (1 + ratio)).clamp(min=1e-9 * level), bright).clamp(min=1e-6 * level)
+    counts = level / unit * torch.cat([torch.ones_like(ratio), 1 / ratio], 1)  # [n, 2] mean counts of a pixel
+    scaled = pair * torch.cat([1 / level, ratio / level], 1)[:, :, None, None]
+    contrast = (scaled[:, 0].flatten(1).var(1, keepdim=True) - 1 / counts[:, :1]).clamp(min=LEAST_CONTRAST**2).sqrt()
+    per = contrast[:, :, None, None]
+    root = 2 * ((scaled + 0.375 / counts[:, :, None, None]).clamp(min=0).sqrt() - 1)
+    seen = torch.stack([(scaled - 1) / per, root / per], 2).clamp(-LIMIT, LIMIT)
+    return seen, counts.rsqrt() / contrast
+
+
+def _median(values: Tensor, where: Tensor) -> Tensor:
+    """Median [n, 1] of those of ``values`` [n, m] that are told by ``where``; 1 where none is."""
+    return values.masked_fill(~where, torch.nan).nanmedian(1, keepdim=True).values.nan_to_num(1.0)
+
+
+class _Block(nn.Module):
+    """Convolution and normalisation; ``fuse`` folds one into the other for inference."""
+
+    def __init__(self, inputs: int, outputs: int, side: int = 3, stride: int = 1, dilation: int = 1) -> None:
+        super().__init__()
+        padding = (dilation * (side - 1) + 1 - stride) // 2
+        self.conv = nn.Conv2d(inputs, outputs, side, stride, padding, dilation, bias=False)
+        self.norm: nn.Module = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.conv(x))
+        return out
+
+    def fuse(self) -> None:
+        """For inference only."""
+        self.conv = fuse_conv_bn_eval(self.conv, self.norm)
+        self.norm = nn.Identity()
+
+
+class Siamese(nn.Module):
+    """``size``: channels of an embedding. Input [n, 2, h, w]: pairs of registered frames in any units. Output
+    [n, 3, rows, cols] of patches: estimated damaged fraction, logarithm of its standard deviation, and the logit of any
+    damage at all."""
+
+    half_precision = True
+
+    def __init__(self, size: int = 40) -> None:
+        super().__init__()
+        self.stem = _Block(2, size // 2, 6, 2)
+        self.by_noise = nn.Linear(2, size)  # how the stem's features are scaled and shifted at this level of noise
+        self.down = _Block(size // 2, size, 4, 2)
+        self.blocks = nn.ModuleList(_Block(size, size, dilation=d) for d in (1, 2, 4, 1))
+        wide = 6 * size // 5
+        self.meet = _Block(3 * size, wide, 1)
+        self.compare = _Block(wide, wide)
+        self.head = nn.Sequential(nn.Linear(3 * wide + 2, wide), nn.ReLU(), nn.Linear(wide, 3))
+        nn.init.zeros_(self.by_noise.weight)
+        nn.init.zeros_(self.by_noise.bias)
+
+    def forward(self, pair: Tensor) -> Tensor:
+        """See the class."""
+        seen, noise = standardised(pair)
+        n = len(pair)
+        a, b = self.embedded(seen.flatten(0, 1), noise.flatten().log()).unflatten(0, (n, 2)).unbind(1)
+        both = functional.relu(self.meet(torch.cat([a - b, (a - b).abs(), a + b], 1)), inplace=True)
+        both = functional.relu(both + self.compare(both), inplace=True)
+        mean, most = functional.avg_pool2d(both, CELLS).float(), functional.max_pool2d(both, CELLS).float()
+        rows, cols = mean.shape[2:]
+        overall = mean.mean((2, 3), keepdim=True).expand_as(mean)
+        known = noise.log()[:, :, None, None].expand(-1, -1, rows, cols)
+        with torch.autocast(pair.device.type, enabled=False):
+            out = self.head(torch.cat([mean, most, overall, known], 1).movedim(1, -1)).movedim(-1, 1)
+        return torch.cat([out[:, :1].sigmoid(), out[:, 1:2].clamp(-6, 1), out[:, 2:]], 1)
+
+    def embedded(self, seen: Tensor, log_noise: Tensor) -> Tensor:
+        """Embeddings [m, size, h/4, w/4] of frames [m, 2, h, w] with the logarithm of their noise [m]."""
+        told = torch.stack([log_noise, log_noise**2], 1).to(seen.dtype)
+        scale, shift = self.by_noise(told)[:, :, None, None].chunk(2, 1)
+        x = self.stem(seen.contiguous(memory_format=torch.channels_last))
+        x = functional.relu(x * (1 + scale) + shift, inplace=True)
+        x = self.down(x)
+        for block in self.blocks:
+            x = x + functional.relu(block(x), inplace=True)
+        return x
+
