@@ -2,7 +2,7 @@
 
     python tests/benchmarks/damage_speed.py [--device cuda]
 
-Medians of 9 after a warm-up, in turns, so that a busy machine is busy for all alike: CPU seconds of one thread, or on a
+Medians of 5 after a warm-up, in turns, so that a busy machine is busy for all alike: CPU seconds of one thread, or on a
 GPU seconds of wall clock, frames sent and map fetched. Feature metrics read both frames. What is marked "scaled" was
 timed on 4 x 4 patches and multiplied.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIDE_PX, SCALED_PX = 512, 80
-REPEATS = 9
+REPEATS = 5
 BAR = 2.0
 """Times the map of SSIM that the default backbone may take."""
 
