@@ -59,7 +59,7 @@ class Scenes(Protocol):
 class DamageTraining(Schedule):
     """[train] of ``aecontrol train damage``."""
 
-    size: PositiveInt = Field(40, multiple_of=10, description="channels of an embedding")
+    size: PositiveInt = Field(32, multiple_of=32, description="channels of an embedding")
     pairs: PositiveInt = Field(4096, description="different pairs; each is shown again and again, with new noise")
     held_out_scenes: PositiveInt = Field(40, description="pairs per held-out condition in the model card")
 

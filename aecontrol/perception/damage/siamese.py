@@ -82,13 +82,13 @@ class Siamese(nn.Module):
 
     half_precision = True
 
-    def __init__(self, size: int = 40) -> None:
+    def __init__(self, size: int = 32) -> None:
         super().__init__()
         self.stem = _Block(2, size // 2, 6, 2)
         self.by_noise = nn.Linear(2, size)  # how the stem's features are scaled and shifted at this level of noise
         self.down = _Block(size // 2, size, 4, 2)
         self.blocks = nn.ModuleList(_Block(size, size, dilation=d) for d in (1, 2, 4, 1))
-        wide = 6 * size // 5
+        wide = 3 * size // 2
         self.meet = _Block(3 * size, wide, 1)
         self.compare = _Block(wide, wide)
         self.head = nn.Sequential(nn.Linear(3 * wide + 2, wide), nn.ReLU(), nn.Linear(wide, 3))
