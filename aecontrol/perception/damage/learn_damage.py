@@ -162,8 +162,8 @@ def train_damage(
         "scenes": json.loads(lessons.fingerprint()),
         "libraries": {"torch": torch.__version__, "numpy": np.__version__},
         "metrics": evaluate(LearnedDamage(path, device), scenes, config.seed, config.held_out_scenes),
-        "metrics_note": "patches of pairs not trained on, with all nuisances of training, by the counts of the brightest "
-        f"pixels; auc, found: patches damaged by more than {DAMAGED:g} against undamaged ones",
+        "metrics_note": "patches of pairs not trained on, with all nuisances of training, by the counts of the "
+        f"brightest pixels; auc, found: patches damaged by more than {DAMAGED:g} against undamaged ones",
     }
     write_durable(out_dir / "damage.json", (json.dumps(card, indent=1) + "\n").encode())
     forget_checkpoints(out_dir)

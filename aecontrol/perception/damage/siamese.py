@@ -2,8 +2,9 @@
 patch, and estimates the share of the matter in the patch that was removed or displaced.
 
 The encoder works at a quarter of the resolution, so that a patch of 20 pixels is 5 x 5 of its cells, and a whole frame
-takes one pass. The head pools inside each patch only; besides, it knows the mean over all patches (a change of focus or
-a shift looks the same everywhere) and the level of shot noise. For inference, normalisations are folded into the
+takes one pass. What it made of a patch is pooled inside the patch. The head then also sees the eight patches around it
+(damage seldom comes alone; at low dose they decide), the mean over all patches (a change of focus or a shift looks the
+same everywhere) and the level of shot noise. For inference, normalisations are folded into the
 convolutions, and these are computed in bfloat16: twice as fast on processors and GPUs that multiply such numbers.
 """
 
@@ -96,23 +97,33 @@ class Siamese(nn.Module):
         wide = 3 * size // 2
         self.meet = _Block(3 * size, wide, 1)
         self.compare = _Block(wide, wide)
-        self.head = nn.Sequential(nn.Linear(3 * wide + 2, wide), nn.ReLU(), nn.Linear(wide, 3))
+        self.patch = nn.Conv2d(2 * wide + 2, wide, 1)
+        self.around = nn.Conv2d(wide, wide, 3, padding=1)
+        self.head = nn.Sequential(nn.Conv2d(3 * wide, wide, 1), nn.ReLU(), nn.Conv2d(wide, 3, 1))
         nn.init.zeros_(self.by_noise.weight)
         nn.init.zeros_(self.by_noise.bias)
 
     def forward(self, pair: Tensor) -> Tensor:
         """See the class."""
         seen, noise = standardised(pair)
-        n = len(pair)
-        a, b = self.embedded(seen.flatten(0, 1), noise.flatten().log()).unflatten(0, (n, 2)).unbind(1)
+        return self.judged(self.compared(seen, noise), noise)
+
+    def compared(self, seen: Tensor, noise: Tensor) -> Tensor:
+        """What differs in each patch [n, features, rows, cols] between standardised frames [n, 2, 2, h, w] of ``noise``
+        [n, 2]."""
+        a, b = self.embedded(seen.flatten(0, 1), noise.flatten().log()).unflatten(0, (-1, 2)).unbind(1)
         both = functional.relu(self.meet(torch.cat([a - b, (a - b).abs(), a + b], 1)), inplace=True)
         both = functional.relu(both + self.compare(both), inplace=True)
-        mean, most = functional.avg_pool2d(both, CELLS).float(), functional.max_pool2d(both, CELLS).float()
-        rows, cols = mean.shape[2:]
-        overall = mean.mean((2, 3), keepdim=True).expand_as(mean)
-        known = noise.log()[:, :, None, None].expand(-1, -1, rows, cols)
-        with torch.autocast(pair.device.type, enabled=False):
-            out = self.head(torch.cat([mean, most, overall, known], 1).movedim(1, -1)).movedim(-1, 1)
+        return torch.cat([functional.avg_pool2d(both, CELLS), functional.max_pool2d(both, CELLS)], 1)
+
+    def judged(self, compared: Tensor, noise: Tensor) -> Tensor:
+        """The output from what was compared, in full precision."""
+        known = noise.log()[:, :, None, None].expand(-1, -1, *compared.shape[2:])
+        with torch.autocast(compared.device.type, enabled=False):
+            own = functional.relu(self.patch(torch.cat([compared.float(), known], 1)))
+            near = functional.relu(self.around(own))
+            overall = own.mean((2, 3), keepdim=True).expand_as(own)
+            out = self.head(torch.cat([own, near, overall], 1))
         return torch.cat([out[:, :1].sigmoid(), out[:, 1:2].clamp(-6, 1), out[:, 2:]], 1)
 
     def embedded(self, seen: Tensor, log_noise: Tensor) -> Tensor:
