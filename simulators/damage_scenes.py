@@ -181,7 +181,7 @@ def _together(pieces: Columns) -> Columns:
 
 
 def _chance(rng: np.random.Generator, pieces: Columns, side: float) -> Floats:
-    """The chance of each piece to be hit: none at all, discs, single spots, a gradient, everywhere, or some of these."""
+    """The chance of each piece to be hit: none at all, discs, spots, a gradient, everywhere, or some of these."""
     xy, chance = pieces.xy, np.zeros(len(pieces.weight))
     kind = rng.random()
     if kind < 0.1:
