@@ -320,6 +320,19 @@ def train_regions_command(
     _train(partial(train_from_toml, config), out, device, json_out)
 
 
+@train_app.command("damage")
+def train_damage_command(
+    config: Annotated[Path, typer.Argument(help="a training TOML file; see configs/train_damage.toml")],
+    out: Annotated[Path, typer.Option(help="folder for weights and model card")] = Path("weights"),
+    device: Device = "auto",
+    json_out: Json = False,
+) -> None:
+    """Train the learned damage metric on simulated pairs of frames."""
+    from aecontrol.perception.damage.learn_damage import train_from_toml
+
+    _train(partial(train_from_toml, config), out, device, json_out)
+
+
 @train_app.command("adapt")
 def train_adapt_command(
     sources: Annotated[list[Path], typer.Argument(metavar="SESSION_OR_IMAGE...", help="session folders, image files")],

@@ -108,7 +108,7 @@ class CrystalScenes(Model):
     def _scene(self, rng: np.random.Generator, columns: Columns, n: int, pixel: float, counts: float) -> Scene:
         otf, step = _probe(int(rng.integers(PROBES)))
         jitter = 0.0 if self.clean or rng.random() < 0.3 else rng.uniform(0, 0.015) / pixel
-        image, peak = _paint(columns, counts, otf, step, n, pixel, rng.normal(0, jitter, (2, n)))
+        image, peak = paint(columns, counts, otf, step, n, pixel, rng.normal(0, jitter, (2, n)))
         level = counts * peak
         background = np.full((n, n), level * rng.uniform(0.0, 0.08))
         if not self.clean:
@@ -139,8 +139,17 @@ def _specimen(material: str, variant: int) -> Columns:
 
 @lru_cache(maxsize=PROBES)
 def _probe(variant: int) -> tuple[NDArray[np.complex64], float]:
-    """Transfer of a probe and its step in 1/nm: voltage, angle, defocus, astigmatism, coma, source size of ``variant``;
-    drawn anew until it still resolves 0.2 nm."""
+    return sampled(lens(variant))
+
+
+def sampled(optics: Optics) -> tuple[NDArray[np.complex64], float]:
+    """Transfer of a probe and its step in 1/nm."""
+    otf, step = transfer(optics, folds=2)
+    return otf.astype(np.complex64), step / angstrom_to_nm(1.0)
+
+
+def lens(variant: int) -> Optics:
+    """Voltage, angle, defocus, astigmatism, coma, source size of ``variant``; drawn anew until 0.2 nm is resolved."""
     rng = stream(variant, "probe of a scene")
     while True:
         voltage = float(rng.choice([60.0, 80.0, 100.0, 200.0, 300.0]))
@@ -158,7 +167,7 @@ def _probe(variant: int) -> tuple[NDArray[np.complex64], float]:
         )
         otf, step = transfer(optics, folds=2)
         if otf.real.sum() * step**2 > 1 / (2 * math.pi * 0.8**2):  # peak of a Gaussian of 0.8 angstrom
-            return otf.astype(np.complex64), step / angstrom_to_nm(1.0)
+            return optics
 
 
 def _window(columns: Columns, side: float, strain: float, rng: np.random.Generator) -> Columns:
@@ -180,7 +189,7 @@ def _edge(columns: Columns, side: float, rng: np.random.Generator) -> Columns:
     return columns if keep is None else columns[keep]
 
 
-def _paint(
+def paint(
     columns: Columns,
     counts: float,
     otf: NDArray[np.complex64],

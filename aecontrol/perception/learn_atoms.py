@@ -25,7 +25,7 @@ from .finder import HEAT_SIGMA_NM, AtomFinder
 from .train import Batch, Progress, Training, fit, forget_checkpoints
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Floats = NDArray[np.float64]
 
@@ -100,6 +100,12 @@ class AtomLessons:
     def fingerprint(self) -> str:
         """The settings of all sources."""
         return json.dumps([(s.share, s.after, s.scenes.model_dump(mode="json")) for s in self.sources], sort_keys=True)
+
+    def network(self) -> nn.Module:
+        """A new network with torch's present random state."""
+        from . import nets
+
+        return nets.create(self.config.network, self.config.size, len(self.outputs))
 
     def batch(self, seed: int, step: int) -> Batch:
         """Inputs, heat maps and weights of a step. Every fourth step has many small patches: small sub-scans, whose

@@ -27,7 +27,7 @@ from .train import Batch, Progress, Training, fit, forget_checkpoints
 from .views import CLASSES, PIXEL_NM, View, grid, of_columns, view
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Mask = NDArray[np.bool_]
 RARE_WEIGHT = 2.0
@@ -103,6 +103,12 @@ class RegionLessons:
     def fingerprint(self) -> str:
         """The settings of the scenes."""
         return json.dumps(self.scenes.model_dump(mode="json"), sort_keys=True)
+
+    def network(self) -> nn.Module:
+        """A new network with torch's present random state."""
+        from . import nets
+
+        return nets.create(self.config.network, self.config.size, len(self.outputs))
 
     def batch(self, seed: int, step: int) -> Batch:
         """Inputs, region maps (UNTOLD where the scene does not tell) and weights of a step."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Batch = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
-"""Inputs [n, 1, side, side], targets [n, outputs, side, side] and weights [n, 1, side, side]."""
+"""Inputs [n, channels, side, side], targets [n, outputs, rows, cols] and weights [n, 1, rows, cols]."""
 Progress = Callable[[int, int, float], None]
 """Called with the step, the number of steps (of all members) and the recent loss."""
 
@@ -30,9 +30,8 @@ Progress = Callable[[int, int, float], None]
 class Lessons(Protocol):
     """What is to be learnt."""
 
-    @property
-    def outputs(self) -> Sequence[str]:
-        """Names of the network's channels."""
+    def network(self) -> nn.Module:
+        """A new network with torch's present random state."""
 
     def batch(self, seed: int, step: int) -> Batch:
         """The batch of one step: pure, the same in any process."""
@@ -44,16 +43,13 @@ class Lessons(Protocol):
         """Everything that decides what the batches are, as text."""
 
 
-class Training(Model):
-    """How networks are trained."""
+class Schedule(Model):
+    """How networks are trained, whatever they are."""
 
     seed: Count = Field(0, description="of weights, scenes and crops; member k of an ensemble takes seed + 1000 k")
     members: PositiveInt = Field(1, description="networks of the ensemble, trained one after the other")
-    network: NetworkKind = Field("unet", description="'unet' or 'msdnet'")
-    size: PositiveInt = Field(16, description="U-Net: channels at full resolution; MSD-net: layers")
     steps: PositiveInt = Field(2000, description="optimiser steps a member")
     batch: PositiveInt = Field(16, description="patches a step")
-    patch_px: PositiveInt = Field(96, multiple_of=8, description="side of a patch")
     learning_rate: Positive = Field(4e-3, description="highest learning rate (AdamW, one cycle)")
     weight_decay: NonNegative = Field(1e-4, description="of AdamW")
     bfloat16: bool = Field(
@@ -62,8 +58,16 @@ class Training(Model):
     checkpoint_steps: PositiveInt = Field(250, description="steps between two checkpoints, from which training resumes")
 
 
+class Training(Schedule):
+    """How networks that map an image to an image are trained."""
+
+    network: NetworkKind = Field("unet", description="'unet' or 'msdnet'")
+    size: PositiveInt = Field(16, description="U-Net: channels at full resolution; MSD-net: layers")
+    patch_px: PositiveInt = Field(96, multiple_of=8, description="side of a patch")
+
+
 def fit(
-    config: Training,
+    config: Schedule,
     lessons: Lessons,
     folder: Path,
     device: str = "cpu",
@@ -100,7 +104,7 @@ class _Member:
     """One network in training."""
 
     def __init__(
-        self, config: Training, lessons: Lessons, folder: Path, device: str, index: int, start: nn.Module | None
+        self, config: Schedule, lessons: Lessons, folder: Path, device: str, index: int, start: nn.Module | None
     ) -> None:
         import torch
 
@@ -110,7 +114,7 @@ class _Member:
         self.seed = config.seed + 1000 * index
         self.path = folder / f"checkpoint-{index}.pt"
         torch.manual_seed(self.seed)
-        self.net = nets.place(start or nets.create(config.network, config.size, len(lessons.outputs)), device)
+        self.net = nets.place(start or lessons.network(), device)
         self.mark = hashlib.sha256(
             "|".join((config.model_dump_json(), lessons.fingerprint(), str(index), _digest(self.net))).encode()
         ).hexdigest()

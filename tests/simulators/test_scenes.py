@@ -66,7 +66,7 @@ def test_a_column_has_its_place_its_counts_and_its_width():
     narrow = Columns(alone.xy, alone.weight, np.zeros((1, 2)), alone.listed)
     moments = []
     for columns in (alone, narrow):
-        image, peak = crystal_scenes._paint(columns, 50.0, otf, step, 96, 0.03, np.zeros((2, 96)))
+        image, peak = crystal_scenes.paint(columns, 50.0, otf, step, 96, 0.03, np.zeros((2, 96)))
         at = (np.arange(96) + 0.5) * 0.03
         total = image.sum()
         mean = np.array([image.sum(0) @ at, image.sum(1) @ at]) / total
