@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aecontrol.drift import measure_shift
 from aecontrol.errors import BadInput
 
 from . import classical
-from .null import Metric, undamaged
+from .classical import Metric
+from .null import drawn_null, measured_null
 from .pair import Pair, in_counts
-from .reading import DamageReading, per_patch, refused
+from .reading import PATCH_PX, DamageReading, refused
+from .register import Registration, register
 
-METRICS: dict[str, Metric] = {"glr": classical.likelihood_ratio}
+Pixels = NDArray[np.generic]
+
+METRICS: dict[str, Metric] = {
+    "glr": classical.likelihood_ratio,
+    "glr-pooled": classical.pooled(classical.likelihood_ratio),
+    "ssim": classical.smoothed_dissimilarity,
+    "ssim-pooled": classical.pooled(classical.smoothed_dissimilarity),
+    "mse": classical.smoothed_error,
+    "mse-pooled": classical.pooled(classical.smoothed_error),
+    "ssim-default": classical.plain_dissimilarity,
+    "psnr": classical.plain_noise_ratio,
+    "ncc": classical.decorrelation,
+}
+"""Metrics without a network, by name."""
+VERSION = "1"
+"""Of registration, kernel and null; changes whenever numbers may."""
+REPEATS = 4000
+"""Undamaged patches that a null rests on at least, where few draws show as many."""
+FEWEST, MOST = 4, 12
+"""Draws of the null, whatever the size of the frame."""
 
 
 @dataclass(frozen=True)
 class Meter:
-    """A metric with all that makes it comparable. ``version``: changes whenever the numbers may. ``gain_sd``:
+    """A metric with all that makes its scores comparable. ``version`` changes whenever the numbers may. ``gain_sd``:
     standard deviation of the logarithm of score over damaged fraction; None for a metric that does not estimate it."""
 
     name: str
@@ -32,43 +53,92 @@ class Meter:
 
     def read(
         self,
-        first: NDArray[np.generic],
-        later: NDArray[np.generic],
+        first: Pixels,
+        later: Pixels,
         pixel_size_nm: tuple[float, float],
         limit_nm: float,
+        repeats: Sequence[tuple[Pixels, Pixels]] = (),
     ) -> DamageReading:
         """Compare ``later`` with ``first`` [rows, cols], both with pixels of ``pixel_size_nm`` (fast, slow), shifted by
-        at most ``limit_nm``. Frames that nothing may be concluded from give a reading that says why. Deterministic."""
-        from scipy.ndimage import shift as moved
-
-        shift = measure_shift(first, later, pixel_size_nm, limit_nm)
-        if not shift.accepted:
-            return refused(first.shape, self.name, self.sha256, shift.reason)
-        dx, dy = shift.dx_nm / pixel_size_nm[0], shift.dy_nm / pixel_size_nm[1]
-        a = in_counts(first)
-        b = moved(in_counts(later), (-dy, -dx), order=3, mode="constant", cval=np.nan, prefilter=True)
-        valid = np.isfinite(b)
-        b = np.where(valid, b, 0.0)
-        ratio = float(b[valid].sum() / a[valid].sum())
-        pair = Pair(np.where(valid, a, 0.0), b, ratio, valid)
-        score, null = self.metric(pair), undamaged(pair, self.metric)
-        whole = np.asarray(per_patch(valid).all(axis=(2, 3)))
+        at most ``limit_nm``. ``repeats``: pairs of frames of the same place and doses that are known to be undamaged
+        (halves of one visit, say); with none, repeats are drawn. Frames that nothing may be concluded from give a
+        reading that says why. Deterministic."""
+        if reason := _unusable(first, later):
+            return refused(first.shape, self.name, self.sha256, reason)
+        pair, found = registered(first, later, pixel_size_nm, limit_nm)
+        if not found.reason and not pair.whole.any():
+            found = Registration(found.shift_px, found.sigma_px, found.rows_px, found.jitter_px, NO_OVERLAP)
+        if found.reason:
+            return refused(first.shape, self.name, self.sha256, found.reason)
+        halves = [registered(a, b, pixel_size_nm, limit_nm) for a, b in repeats]
+        if measured := [half for half, of in halves if not of.reason]:
+            null = measured_null(pair, measured, self.metric)
+        else:
+            draws = int(np.clip(np.ceil(REPEATS / pair.whole.sum()), FEWEST, MOST))
+            null = drawn_null(pair, found, self.metric, draws)
+        score = self.metric(pair)
         return DamageReading(
-            score=np.where(whole, score - null.mean, np.nan),
-            sd=np.where(whole, null.sd, np.nan),
-            p=np.where(whole, null.p(score), 1.0),
-            valid=whole,
-            shift_px=(dx, dy),
-            residual_px=shift.sigma_nm / min(pixel_size_nm),
+            score=np.where(pair.whole, score - null.mean, np.nan),
+            sd=np.where(pair.whole, null.sd, np.nan),
+            p=np.where(pair.whole, null.p(score), 1.0),
+            valid=pair.whole,
+            shift_px=found.shift_px,
+            residual_px=found.residual_px,
             reason="",
             metric=self.name,
             sha256=self.sha256,
         )
 
 
+NO_OVERLAP = "no patch lies in both frames"
+
+
+def registered(
+    first: Pixels, later: Pixels, pixel_size_nm: tuple[float, float], limit_nm: float
+) -> tuple[Pair, Registration]:
+    """Two frames in counts, the later one laid over the first; where the registration gives a reason not to, as they
+    lay."""
+    a, b = in_counts(first), in_counts(later)
+    found = register(a, b, pixel_size_nm, limit_nm)
+    if found.reason:
+        return Pair.of(a, b, np.ones(a.shape, dtype=bool)), found
+    return Pair.of(a, found.apply(b), found.valid(a.shape)), found
+
+
 def build_meter(name: str, device: str, weights: Path | None = None) -> Meter:
-    """The meter called ``name``, computing on ``device``; ``weights``: others than the shipped ones. Raises BadInput
-    for a metric that does not exist."""
-    if name not in METRICS:
-        raise BadInput(f"metric {name!r} is not known", f"use one of {', '.join(METRICS)}")
-    return Meter(name, METRICS[name], "1")
+    """The meter called ``name``, computing on ``device``; ``weights``: others than the shipped or installed ones.
+    Raises BadInput for a metric that does not exist, or weights that are missing or not what they should be."""
+    if name in METRICS:
+        if weights is not None:
+            raise BadInput(f"metric {name!r} has no weights", "leave the weights out")
+        return Meter(name, METRICS[name], VERSION)
+    if name == "learned":
+        from .learned import LearnedDamage
+
+        learned = LearnedDamage(weights, device)
+        return Meter(name, learned, f"{VERSION} {learned.sha256[:16]}", learned.sha256)
+    from .features import NAMED, build_metric
+
+    if name not in NAMED:
+        known = ", ".join(("learned", *METRICS, *NAMED))
+        raise BadInput(f"metric {name!r} is not known", f"use one of {known}")
+    features = build_metric(NAMED[name], device, weights)
+    settings = features.settings
+
+    def metric(pair: Pair) -> NDArray[np.float64]:
+        return features(pair.first, pair.later)
+
+    return Meter(name, metric, f"{VERSION} {settings.label}", settings.sha256)
+
+
+def _unusable(first: Pixels, later: Pixels) -> str:
+    """Why two frames cannot be compared at all; '' when they can."""
+    if first.shape != later.shape or first.ndim != 2:
+        return f"the frames differ in shape: {first.shape} and {later.shape}"
+    if min(first.shape) < PATCH_PX:
+        return f"{first.shape[0]} x {first.shape[1]} pixels hold no patch of {PATCH_PX}"
+    if not (np.isfinite(first).all() and np.isfinite(later).all()):
+        return "a frame has pixels that are not numbers"
+    if not (np.ptp(first) > 0 and np.ptp(later) > 0):
+        return "a frame has no contrast"
+    return ""
