@@ -11,7 +11,8 @@ from pydantic import Field
 from aecontrol.errors import BadInput
 from aecontrol.events import Recorded
 from aecontrol.files import read_image
-from aecontrol.session import load_array, read_events
+from aecontrol.measuring import load_array
+from aecontrol.session import read_events
 from aecontrol.types import Model, Positive
 
 if TYPE_CHECKING:

@@ -17,10 +17,11 @@ from aecontrol.config import SessionConfig, parse
 from aecontrol.dose import bound_charge
 from aecontrol.durable import write_durable
 from aecontrol.events import Decided, step_text
-from aecontrol.machine import State
+from aecontrol.harm_figure import response_lines
 from aecontrol.protocols import HasTruth, Truth
 from aecontrol.scoring import recall_curve, score
 from aecontrol.session import Session
+from aecontrol.state import State
 from aecontrol.types import ScanRegion
 
 Progress = Callable[[str], None]
@@ -89,7 +90,11 @@ def contract_of(folder: Path, state: State, truth: Truth | None, wall_seconds: f
         },
         "electrons": {"budget": budget.electrons, "spent": charged.electrons} if metered else None,
         "pixels": {"budget": budget.pixels, "spent": charged.pixels},
-        "damage": {"budget": budget.damage, "charged": charged.damage, "basis": "none"},
+        "damage": {
+            "budget": budget.damage,
+            "charged": charged.damage,
+            "basis": state.harm.total.basis if state.harm else "none",
+        },
         "targets": {
             "found": len(found),
             "true": result.true if result else None,
@@ -221,6 +226,11 @@ def _lines(folder: Path, state: State, summary: dict[str, Any], unit: str) -> li
             lines.append(line + ratio)
     if summary["comparison"] and contract["targets"]["true"]:
         lines += _recall_table(summary, unit)
+    if state.harm is not None:
+        damage = contract["damage"]
+        of = "" if damage["budget"] is None else f" of {damage['budget']:.4g}"
+        lines.append(f"damage: {damage['charged']:.4g}{of} nm^2 charged (basis {damage['basis']})")
+        lines += [f"  {line}" for line in response_lines(state.harm)]
     beam = summary["beam"]
     if beam and len(beam) > 1:
         did = ", ".join(f"{count} {kind}" for kind, count in beam.items() if kind != "finds")

@@ -86,6 +86,23 @@ class MeasureDrift:
 
 
 @dataclass(frozen=True)
+class MeasureDamage:
+    """Compare a frame with the first one of the same place (``first`` None: it is the first)."""
+
+    record: KeyRecord
+    frame: Frame
+    first: KeyRecord | None
+    first_frame: Frame | None
+
+
+@dataclass(frozen=True)
+class FitResponse:
+    """Learn from all comparisons so far how damage follows fluence."""
+
+    measurements: int
+
+
+@dataclass(frozen=True)
 class Learn:
     """Train the embedding on the sub-scans so far."""
 
@@ -120,6 +137,8 @@ Command = (
     | Fetch
     | Perceive
     | MeasureDrift
+    | MeasureDamage
+    | FitResponse
     | Learn
     | Reembed
     | Finish

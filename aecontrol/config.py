@@ -14,8 +14,10 @@ from aecontrol.protocols import Microscope, Perceiver, Policy
 from aecontrol.registry import GROUPS, build_part, kinds, part_class, validate
 from aecontrol.toml_file import read_toml
 from aecontrol.types import (
+    AreaPlan,
     Budget,
     Count,
+    DamagePlan,
     DriftPlan,
     Model,
     NonNegative,
@@ -72,6 +74,8 @@ class Tables(Model):
     overview: OverviewPlan | None = None
     scan: ScanPlan
     drift: DriftPlan | None = None
+    damage: DamagePlan | None = None
+    areas: tuple[AreaPlan, ...] = ()
     budget: Budget
     stop: StopRules = StopRules()
     compare: CompareTable | None = None
@@ -103,6 +107,8 @@ class SessionConfig:
             overview=t.overview,
             scan=t.scan,
             drift=t.drift,
+            damage=t.damage,
+            areas=t.areas,
             budget=t.budget,
             stop=t.stop,
             decision_seconds=t.session.decision_seconds,

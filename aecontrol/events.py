@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
+from aecontrol.response import Response
 from aecontrol.types import (
+    ArrayRef,
     Capabilities,
     Charge,
     Decision,
@@ -39,6 +41,7 @@ class InstrumentReady(Model):
     kind: Literal["instrument_ready"] = "instrument_ready"
     capabilities: Capabilities
     perceiver: str = Field(description="version of the perception model")
+    metric: str = Field("", description="version of the metric of damage, where it is measured")
 
 
 class Resumed(Model):
@@ -48,7 +51,8 @@ class Resumed(Model):
 
 
 class Decided(Model):
-    """A decision was taken (step 0 is the overview, sub-scans count up from 1, drift measurements down from -1)."""
+    """A decision was taken (step 0 is the overview, sub-scans count up from 1, frames of the references of drift
+    and damage down from -1)."""
 
     kind: Literal["decided"] = "decided"
     step: int
@@ -133,6 +137,32 @@ class DriftMeasured(Model):
     reason: str = ""
 
 
+class DamageMeasured(Model):
+    """A frame was compared with the ``first`` one of the same place. ``scores`` float64 [patches, 4]: place x, y in nm,
+    excess of the metric over its null, standard deviation of an undamaged patch; ``mean`` and ``sd`` of the mean over
+    the patches. ``expected`` and ``expected_sd``: what the response of that moment foretold of the mean, where anything
+    had been fitted. Nothing was measured where ``reason`` says why, as for the first frame of a place."""
+
+    kind: Literal["damage_measured"] = "damage_measured"
+    key: Sha256
+    first: Sha256 | None = None
+    metric: str = Field(description="version of the metric")
+    scores: ArrayRef | None = None
+    mean: float | None = None
+    sd: NonNegative | None = None
+    expected: float | None = None
+    expected_sd: NonNegative | None = None
+    reason: str = ""
+
+
+class ResponseFitted(Model):
+    """What is now believed of how damage follows fluence, after ``measurements`` comparisons."""
+
+    kind: Literal["response_fitted"] = "response_fitted"
+    response: Response
+    measurements: int
+
+
 class ModelUpdated(Model):
     """An embedding was trained."""
 
@@ -182,6 +212,8 @@ SessionEvent = Annotated[
     | Recorded
     | Perceived
     | DriftMeasured
+    | DamageMeasured
+    | ResponseFitted
     | ModelUpdated
     | Reembedded
     | Paused
@@ -192,7 +224,7 @@ SessionEvent = Annotated[
 
 def step_text(step: int) -> str:
     """A step's number for people."""
-    return f"drift measurement {-step}" if step < 0 else f"step {step}"
+    return f"reference frame {-step}" if step < 0 else f"step {step}"
 
 
 _ADAPTER: TypeAdapter[SessionEvent] = TypeAdapter(SessionEvent)

@@ -29,9 +29,9 @@ from aecontrol.canvas import (
 )
 from aecontrol.events import Decided, DriftMeasured, SessionEvent
 from aecontrol.exposure import KeyRecord
-from aecontrol.machine import ScanRecord, State
+from aecontrol.measuring import load_array
 from aecontrol.scoring import match
-from aecontrol.session import load_array
+from aecontrol.state import ScanRecord, State
 from aecontrol.types import ATOM_COLUMNS, ATOM_LABELS, Charge, Frame, ScanRegion
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from aecontrol.config import SessionConfig
 from aecontrol.events import (
+    DamageMeasured,
     Decided,
     DriftMeasured,
     Indeterminate,
@@ -25,12 +26,13 @@ from aecontrol.events import (
     Paused,
     Perceived,
     Refused,
+    ResponseFitted,
     SessionEvent,
     Stopped,
     Voided,
     step_text,
 )
-from aecontrol.machine import State
+from aecontrol.state import State
 from aecontrol.types import ScanRegion
 
 if TYPE_CHECKING:
@@ -140,7 +142,7 @@ class Step:
             value=value,
             finds=finds,
             spent=Spent.of(state),
-            damage=f"{damage:.3g}" if damage else NOT_MEASURED,
+            damage=NOT_MEASURED if state.harm is None else f"{damage:.3g}",
             seconds=f"{seconds:.1f} s",
             why=_clean(f"{why}; {note}" if note else why),
         )
@@ -173,6 +175,14 @@ def _notice(event: SessionEvent) -> str | None:
             return f"{kind}: {c.identity}, field {c.field_nm[0]:.3g} x {c.field_nm[1]:.3g} nm, metered in {c.unit}"
         case Refused():
             return f"{step_text(event.step)}: refused by the guard: {event.reason}"
+        case DamageMeasured():
+            if event.mean is None:
+                return f"damage of a reference: {event.reason}"
+            return f"damage: the metric shows {event.mean:.3g} ± {event.sd:.2g} since the first frame of the place"
+        case ResponseFitted():
+            known = zip(event.response.phases, event.response.critical_fluence_e_per_A2, strict=True)
+            texts = (f"{name} {sorted(draws)[len(draws) // 2]:.3g}" for name, draws in known)
+            return f"critical fluence, e/A^2 (median): {', '.join(texts)}, after {event.measurements} comparisons"
         case DriftMeasured():
             (x, y), sigma = event.shift_nm, event.sigma_nm
             if not event.accepted:

@@ -65,25 +65,28 @@ class Microscope(Protocol):
 @dataclass(frozen=True)
 class Change:
     """Something that the beam did to one atom: where (x, y) in nm, what ('removed', 'displaced', 'healed', 'hopped'),
-    at which fluence and when on the instrument's clock."""
+    at which fluence and when on the instrument's clock; ``site``: which of ``Truth.sites`` (-1: not told)."""
 
     position_nm: tuple[float, float]
     kind: str
     fluence_e_per_A2: float
     time_s: float
+    site: int = -1
 
 
 @dataclass(frozen=True)
 class Truth:
     """What is really there, for scoring only: ``targets`` [n, 2] (x, y) in nm as the session started and their
-    ``labels``; ``electrons_delivered`` by the column's own meter; ``atoms`` [m, 2] left now and the ``changes`` so far.
-    The last three are None or empty for a record."""
+    ``labels``; ``electrons_delivered`` by the column's own meter; ``atoms`` [m, 2] left now, the ``changes`` so far in
+    order, and ``sites`` [n, 3]: (x, y) in nm of every site as born and the atomic number of what sat there, 0 for a
+    vacant one. The last four are None or empty for a record."""
 
     targets: NDArray[np.float64]
     labels: tuple[str, ...]
     electrons_delivered: int | None = None
     atoms: NDArray[np.float64] | None = None
     changes: tuple[Change, ...] = ()
+    sites: NDArray[np.float64] | None = None
 
 
 @runtime_checkable
@@ -107,6 +110,8 @@ class History:
     is the guard's mask over the candidates: budget, field, already spent areas. ``charges`` are the upper bounds of
     each candidate, ``damage`` among them. ``validity`` is the share of each candidate's matter that is expected to be
     undamaged still (empty: nothing is known of damage): what is scanned there tells of the specimen only so far.
+    ``left`` is the share of the budget that nothing is charged to yet, by currency ('electrons', 'pixels', 'damage',
+    'seconds'); a currency without a budget is missing.
     """
 
     step: int
@@ -116,6 +121,7 @@ class History:
     feasible: tuple[bool, ...]
     charges: tuple[Charge, ...]
     validity: tuple[float, ...] = ()
+    left: Mapping[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable

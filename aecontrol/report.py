@@ -49,8 +49,10 @@ from aecontrol.figures import (
     drift_of,
     last_belief,
 )
-from aecontrol.machine import State, fold
+from aecontrol.folding import fold
+from aecontrol.harm_figure import draw_harm, harm_caption, harm_rows
 from aecontrol.session import read_events
+from aecontrol.state import State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,6 +107,7 @@ def render(record: Record) -> str:
         _picture("What the policy believed", lambda: draw_belief(record), _belief_caption(record)),
         _picture("What the patches look like", lambda: draw_latents(record), _latents_caption(record)),
         _picture("What it cost", lambda: draw_dose(record), _dose_caption(record), _ledger_table(record)),
+        *_harm_section(record),
         *_drift_section(record),
         _section(
             "Interruptions and faults", _list(_incidents(record), "None: every exposure was carried out and read.")
@@ -237,6 +240,17 @@ def _dose_caption(record: Record) -> str:
     return text
 
 
+def _harm_section(record: Record) -> list[str]:
+    if record.state.harm is None and not record.state.plan.areas:
+        return []
+    heads = ("area", "electrons", "beam on it, s", "e/Å² in a tile", "damage, nm²")
+    rows = harm_rows(record)
+    table = _table(heads, rows) if rows else ""
+    if record.state.harm is None:
+        return [_section("Areas with limits of their own", table)]
+    return [_picture("What it harmed", lambda: draw_harm(record), harm_caption(record), table)]
+
+
 def _drift_section(record: Record) -> list[str]:
     if record.state.plan.drift is None:
         return []
@@ -246,7 +260,9 @@ def _drift_section(record: Record) -> list[str]:
 def _drift_caption(record: Record) -> str:
     measured, keys = drift_of(record), record.state.keys.values()
     good = [(clock, event) for clock, event in measured if event.accepted]
-    spent, total = (sum(record.amount(r.charge) for r in keys if r.step < first) for first in (0, math.inf))
+    steps = {d.step for d in record.state.decisions if d.decision.kind == "scan" and d.decision.role == "drift"}
+    spent = sum(record.amount(r.charge) for r in keys if r.step in steps)
+    total = sum(record.amount(r.charge) for r in keys)
     text = (
         f"{len(measured)} measurements, {len(measured) - len(good)} of them refused, cost {_number(spent)} "
         f"{record.unit}, {100 * spent / max(total, 1):.1f} % of what was charged."
@@ -260,6 +276,14 @@ def _drift_caption(record: Record) -> str:
 
 
 # ---------------------------------------------------------------- tables
+
+
+def _damage_row(state: State) -> tuple[float | None, float | None, str]:
+    """Damage charged, its budget, and on what it rests."""
+    if state.harm is None:
+        return None, state.plan.budget.damage, "not measured"
+    basis = {"model": "expected by the fitted response", "measured": "expected, or measured where that was more"}
+    return state.charged.damage, state.plan.budget.damage, basis.get(state.harm.total.basis, "nothing charged")
 
 
 def _ledger_table(record: Record) -> str:
@@ -286,7 +310,7 @@ def _ledger_table(record: Record) -> str:
             if metered
             else "unknown dose",
         ),
-        ("damage", charged.damage, budget.damage, "none: damage is not measured yet"),
+        ("damage, nm² wholly damaged", *_damage_row(state)),
         ("time, s", charged.seconds, budget.seconds, "exposures and a fixed time for each decision"),
     ]
     cells = [
@@ -355,7 +379,7 @@ def _decision(
     if explanation.mean is not None:
         expected = f"{explanation.mean:.3g}" + ("" if explanation.sd is None else f" ± {explanation.sd:.2g}")
     return (
-        str(decided.step) if decided.step >= 0 else f"drift {-decided.step}",
+        str(decided.step) if decided.step >= 0 else f"reference {-decided.step}",
         place,
         expected,
         value,
@@ -410,9 +434,21 @@ def _incidents(record: Record) -> Iterator[str]:
                 yield "a new process took the session over"
 
 
+def _harm_limit(record: Record) -> str:
+    harm = record.state.harm
+    if harm is None:
+        return "Damage was neither measured nor charged ([damage] does both)."
+    if not harm.usable:
+        return "No frame told of damage: its charges rest on the first guess of the critical fluence alone."
+    return (
+        f"Damage is charged by an exponential law fitted to {len(harm.usable)} comparisons of frames; places that were "
+        "exposed once were never looked at again, so theirs is a forecast."
+    )
+
+
 def _limits_of_record(record: Record, started: SessionStarted) -> Iterator[str]:
     yield _drift_limit(record, started)
-    yield "Damage is not measured yet: the ledger charges 0 for it, with basis none, so a damage budget cannot act."
+    yield _harm_limit(record)
     if record.unit == "pixels":
         yield "The dose of the record is unknown, so charges are pixels revealed for the first time, never electrons."
     if record.targets is not None:

@@ -12,6 +12,8 @@ saturates: then the straight line F / F_c (for k = 1) stands for d, which it bou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from statistics import NormalDist
 from typing import Annotated
 
 import numpy as np
@@ -21,6 +23,9 @@ from pydantic import Field, model_validator
 from aecontrol.types import Count, Model, NonNegative, Positive
 
 Floats = NDArray[np.float64]
+DRAWS = 128
+PRIOR_SD = 2.0
+"""Standard deviation of the logarithm of a critical fluence before anything was measured."""
 Draws = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
@@ -28,13 +33,15 @@ Draws = Annotated[tuple[Positive, ...], Field(min_length=1)]
 class Evidence:
     """Patches of one phase, compared between two exposures. ``phase`` indexes ``Response.phases``; ``first`` and
     ``later`` [n] e/A^2: fluence at the patch in the middle of either exposure; ``score`` [n]: excess of the metric over
-    its null; ``sd`` [n]: standard deviation of the score of an undamaged patch."""
+    its null; ``sd`` [n]: standard deviation of the score of an undamaged patch; ``frame``: name of the first
+    frame, whose noise all comparisons with it share ('': no other is compared with it)."""
 
     phase: int
     first: Floats
     later: Floats
     score: Floats
     sd: Floats
+    frame: str = ""
 
 
 class Response(Model):
@@ -55,3 +62,41 @@ class Response(Model):
         if len(sizes) != 1 or not len(self.phases) == len(self.critical_fluence_e_per_A2) == len(self.tested_e_per_A2):
             raise ValueError("a response needs one critical fluence a phase and draw, and one amplitude a draw")
         return self
+
+    @cached_property
+    def _tables(self) -> tuple[Floats, NDArray[np.bool_]]:
+        """Critical fluences [draws, phases], and which phases are known to saturate [phases]."""
+        scale = np.array(self.critical_fluence_e_per_A2).T
+        return scale, np.median(scale, axis=0) < np.array(self.tested_e_per_A2)
+
+    def damaged(self, phase: NDArray[np.int64], fluence: Floats) -> Floats:
+        """Share of the matter that is damaged [draws, n] where ``phase`` [n] has received ``fluence`` [n] e/A^2: a
+        straight line in F^k, cut at 1, for a phase whose critical fluence is not yet likely to have been passed."""
+        scale, saturates = self._tables
+        x = (fluence / scale[:, phase]) ** self.exponent
+        if saturates.all():  # the most common case by far, at half the cost
+            return np.asarray(-np.expm1(-x))
+        return np.where(saturates[phase], -np.expm1(-x), np.minimum(x, 1.0))
+
+    def score(self, phase: NDArray[np.int64], first: Floats, later: Floats) -> Floats:
+        """What the metric is expected to show [draws, n] between two fluences, e/A^2 [n]."""
+        scale, _ = self._tables
+        change = np.exp(-((first / scale[:, phase]) ** self.exponent))
+        change = change - np.exp(-((later / scale[:, phase]) ** self.exponent))
+        return np.array(self.amplitude)[:, None] * change
+
+
+def prior(phases: tuple[str, ...], reference_e_per_A2: float, exponent: float) -> Response:
+    """What is believed before anything was measured: log F_c normal about the first guess, the same for every phase."""
+    normal = NormalDist()
+    spread = [normal.inv_cdf((k + 0.5) / DRAWS) for k in range(DRAWS)]
+    draws = tuple(reference_e_per_A2 * float(np.exp(PRIOR_SD * z)) for z in spread)
+    return Response(
+        phases=phases,
+        critical_fluence_e_per_A2=(draws,) * len(phases),
+        amplitude=(1.0,) * DRAWS,
+        exponent=exponent,
+        tested_e_per_A2=(0.0,) * len(phases),
+        patches=0,
+        method="prior",
+    )

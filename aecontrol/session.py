@@ -29,9 +29,11 @@ from aecontrol.commands import (
     Expose,
     Fetch,
     Finish,
+    FitResponse,
     FollowPlan,
     Identify,
     Learn,
+    MeasureDamage,
     MeasureDrift,
     Perceive,
     Reembed,
@@ -40,12 +42,10 @@ from aecontrol.commands import (
     Settle,
 )
 from aecontrol.config import SessionConfig, parse
-from aecontrol.drift import measure_shift
-from aecontrol.durable import FolderLock, load_npy, npy_bytes, sha256_hex, write_durable
+from aecontrol.durable import FolderLock, sha256_hex, write_durable
 from aecontrol.errors import BadInput, StorageFault
 from aecontrol.events import (
     Decided,
-    DriftMeasured,
     Indeterminate,
     InstrumentReady,
     ModelUpdated,
@@ -62,10 +62,13 @@ from aecontrol.events import (
     decode_event,
 )
 from aecontrol.exposure import Outcome
+from aecontrol.folding import apply, begin, fold
 from aecontrol.journal import Journal, read_journal
-from aecontrol.machine import State, apply, begin, fold, next_command, preflight
+from aecontrol.machine import next_command, preflight
+from aecontrol.measuring import fit, load_array, measure_damage, measure_drift, meter_of, store_array
 from aecontrol.protocols import Embedding, FrameData, Microscope, Perceiver, Reading
-from aecontrol.types import ArrayRef, Frame, Observation, ScanRegion
+from aecontrol.state import State
+from aecontrol.types import Frame, Observation, ScanRegion
 from aecontrol.units import fluence_e_per_A2
 
 log = logging.getLogger(__name__)
@@ -188,17 +191,6 @@ def config_of(events: list[SessionEvent]) -> SessionConfig:
     return parse(started.config, Path(started.base))
 
 
-def load_array(folder: Path, ref: ArrayRef) -> NDArray[np.generic]:
-    """An array beside the journal, digest checked. Raises StorageFault when it is missing or damaged."""
-    try:
-        data = (folder / ref.path).read_bytes()
-    except OSError as error:
-        raise StorageFault(f"{folder / ref.path} cannot be read: {error}", "restore it from a copy") from error
-    if sha256_hex(data) != ref.sha256:
-        raise StorageFault(f"{folder / ref.path} does not match its digest", "restore it from a copy")
-    return load_npy(data, ref.path)
-
-
 class Effects:
     """Instrument, perceiver and policy of one process, and what each command does with them."""
 
@@ -207,6 +199,7 @@ class Effects:
         seed = config.tables.session.seed
         self._microscope: Microscope = config.driver.build(folder / "instrument", config.base, seed)
         self._perceiver: Perceiver = config.perceiver.build(device)
+        self._meter = meter_of(config.plan, device)
         if state.capabilities is not None:
             self._same_parts(state)
         self._embedding: Embedding | None = None
@@ -245,6 +238,13 @@ class Effects:
             case MeasureDrift():
                 self._microscope.acknowledge(command.record.key)
                 yield measure_drift(self._folder, command, state)
+            case MeasureDamage():
+                self._microscope.acknowledge(command.record.key)
+                assert self._meter is not None
+                yield measure_damage(self._folder, command, state, self._meter)
+            case FitResponse():
+                assert self._meter is not None
+                yield fit(self._folder, state, self._meter)
             case Learn():
                 yield self._learn(command, state)
             case Reembed():
@@ -257,6 +257,7 @@ class Effects:
         pairs = (
             ("instrument", state.capabilities, self._microscope.capabilities()),
             ("perception", state.perceiver, self._perceiver.version),
+            ("metric of damage", state.metric, self._meter.version if self._meter else ""),
         )
         for name, then, now in pairs:
             if then != now:
@@ -271,7 +272,8 @@ class Effects:
     def _identify(self, state: State) -> InstrumentReady:
         capabilities = self._microscope.capabilities()
         preflight(state.plan, capabilities)
-        return InstrumentReady(capabilities=capabilities, perceiver=self._perceiver.version)
+        metric = self._meter.version if self._meter else ""
+        return InstrumentReady(capabilities=capabilities, perceiver=self._perceiver.version, metric=metric)
 
     def _need_room(self, region: ScanRegion) -> None:
         need = region.pixels * 8 * 8 + _FREE_BYTES
@@ -288,7 +290,7 @@ class Effects:
         self._arrived = time.perf_counter()
         channels = {}
         for name, array in data.channels.items():
-            channels[name] = self._store(array)
+            channels[name] = store_array(self._folder, array)
             if channels[name].sha256 != command.record.digests[name]:
                 raise StorageFault(f"channel {name} of {key[:12]} changed on its way", "resume; it will be read again")
         frame = Frame(
@@ -347,14 +349,6 @@ class Effects:
 
     # ------------------------------------------------------------ helpers
 
-    def _store(self, array: NDArray[Any]) -> ArrayRef:
-        data = npy_bytes(array)
-        sha = sha256_hex(data)
-        path = f"frames/{sha}.npy"
-        if not (self._folder / path).exists():
-            write_durable(self._folder / path, data)
-        return ArrayRef(path=path, shape=array.shape, dtype=str(array.dtype), sha256=sha)
-
     def _observe(self, reading: Reading, region: ScanRegion, frame: Frame) -> Observation:
         fidelity = None
         if frame.electrons_per_pixel is not None:
@@ -366,9 +360,9 @@ class Effects:
             fidelity_e_per_A2=fidelity,
             features={name: float(value) for name, value in reading.features.items()},
             found=reading.found_atoms(),
-            atoms=None if reading.atoms is None else self._store(reading.atoms),
-            patches=None if reading.patches is None else self._store(reading.patches),
-            patch_atoms=None if reading.patch_atoms is None else self._store(reading.patch_atoms),
+            atoms=None if reading.atoms is None else store_array(self._folder, reading.atoms),
+            patches=None if reading.patches is None else store_array(self._folder, reading.patches),
+            patch_atoms=None if reading.patch_atoms is None else store_array(self._folder, reading.patch_atoms),
             model=self._perceiver.version,
             note=reading.note,
         )
@@ -392,7 +386,7 @@ class Effects:
         patches = self._patches(observation)
         z = self._embedding.encode(patches)
         update: dict[str, Any] = {
-            "latents": self._store(z),
+            "latents": store_array(self._folder, z),
             "latent": tuple(float(v) for v in z.mean(axis=0)),
             "embedding": sha,
         }
@@ -415,28 +409,6 @@ def quality_flags(data: FrameData, region: ScanRegion) -> tuple[str, ...]:
         elif array.size > 1 and array.min() == array.max():
             flags.append("constant")
     return tuple(dict.fromkeys(flags))
-
-
-def measure_drift(folder: Path, command: MeasureDrift, state: State) -> DriftMeasured:
-    """What a frame of the reference region says of where the specimen is; nothing is exposed. Raises StorageFault when
-    a stored frame is missing or damaged."""
-    assert state.plan.drift is not None
-    key, frame, sent = command.record.key, command.frame, command.record.region.shift_nm
-    if not frame.usable:
-        why = f"unusable frame ({', '.join(frame.flags)})"
-        return DriftMeasured(key=key, shift_nm=sent, sigma_nm=0.0, quality=0.0, accepted=False, reason=why)
-    if command.reference is None:
-        return DriftMeasured(key=key, shift_nm=sent, sigma_nm=0.0, quality=0.0, accepted=True)
-    before, after = (load_array(folder, next(iter(f.channels.values()))) for f in (command.reference, frame))
-    found = measure_shift(before, after, frame.region.pixel_size_nm, state.plan.drift.limit_nm)
-    return DriftMeasured(
-        key=key,
-        shift_nm=(sent[0] + found.dx_nm, sent[1] + found.dy_nm) if found.accepted else sent,
-        sigma_nm=found.sigma_nm if found.accepted else 0.0,
-        quality=found.quality,
-        accepted=found.accepted,
-        reason=found.reason,
-    )
 
 
 def _settled(outcome: Outcome) -> Posted | Voided | Indeterminate:

@@ -100,7 +100,7 @@ class Charge(Model):
     peak_fluence_e_per_A2: NonNegative | None = Field(
         None, description="highest fluence that this exposure adds to any 1 nm tile, e/A^2; null where unknown"
     )
-    damage: NonNegative = Field(0.0, description="damage metric charged")
+    damage: NonNegative = Field(0.0, description="damage charged, nm^2 of wholly damaged specimen")
     damage_basis: Literal["measured", "model", "none"] = "none"
     seconds: NonNegative = Field(description="beam-on time, s")
 
@@ -111,7 +111,7 @@ class Budget(Model):
     electrons: PositiveInt | None = None
     pixels: PositiveInt | None = None
     peak_fluence_e_per_A2: Positive | None = None
-    damage: Positive | None = None
+    damage: Positive | None = Field(None, description="nm^2 of wholly damaged specimen; needs [damage]")
     seconds: Positive | None = None
 
 
@@ -257,7 +257,7 @@ class Scan(Model):
 
     kind: Literal["scan"] = "scan"
     regions: tuple[ScanRegion, ...] = Field(min_length=1, max_length=1)
-    role: Literal["overview", "scan", "drift"] = "scan"
+    role: Literal["overview", "scan", "drift", "reference"] = "scan"
     explanation: Explanation
 
 
@@ -331,6 +331,68 @@ class DriftPlan(Model):
         return self
 
 
+class ReferencePlan(Model):
+    """A place that is sacrificed to learn what the beam does to one phase of the specimen."""
+
+    center_nm: tuple[Place, Place] = Field(description="centre in the specimen frame, nm")
+    phase: str = Field("specimen", description="which phase of the specimen lies there")
+
+
+class DamagePlan(Model):
+    """Measure what the beam does, foretell it, and charge for it. Omitted: damage is neither measured nor charged.
+
+    Every reference place is scanned again and again, ``exposures`` times before the first decision, and the metric says
+    how much of it changed since its first frame; so does a sub-scan that is taken once more where one was before. From
+    that the response of each phase is fitted, and from the response what an exposure would harm.
+    """
+
+    metric: str = Field("learned", description="how frames are compared: 'learned', 'glr', ...")
+    references: tuple[ReferencePlan, ...] = Field((), description="sacrificed places; none: the prior is all there is")
+    fov_nm: tuple[Side, Side] = Field((3.0, 3.0), description="width and height of a reference place, nm")
+    shape: tuple[PositiveInt, PositiveInt] = Field((120, 120), description="(rows, columns) of its frames")
+    dwell_time_s: Dwell = Field(1e-5, description="dwell time per pixel of its frames, s")
+    exposures: Annotated[int, Field(ge=2, le=100)] = Field(5, description="frames of each place before the session")
+    every: Count = Field(0, description="one more frame of the next place after so many sub-scans; 0: never")
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.05, description="most of the electrons of the budget that the first frames of all places may take"
+    )
+    critical_fluence_e_per_A2: Positive = Field(
+        1e3,
+        description="first guess: fluence at which 1/e of the matter is still undamaged, e/A^2; right to a factor 50",
+    )
+    exponent: Annotated[float, Field(ge=1, le=4)] = Field(1.0, description="k in 1 - exp(-(F / F_c)^k)")
+    sites_per_nm2: Positive = Field(
+        20.0, description="atoms or bond units that break by themselves, per nm^2: what chance adds to the forecast"
+    )
+    quantile: Annotated[float, Field(ge=0.5, lt=1)] = Field(
+        0.95, description="chance with which an exposure harms no more than is reserved for it"
+    )
+    confidence: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="the session ends once the budget of damage is exceeded with this chance"
+    )
+    alarm: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        1e-3, description="the session pauses when a measurement this unlikely contradicts the forecast"
+    )
+    limit_nm: Positive = Field(
+        0.1, description="farthest that a later frame may lie from the first; on a lattice less than half its spacing"
+    )
+
+
+class AreaPlan(Model):
+    """A rectangle of the specimen with limits of its own: electrons = 0 protects it. What falls within 1 nm of it, or
+    so near that the beam's position is uncertain, counts as falling into it."""
+
+    name: str
+    center_nm: tuple[Place, Place] = Field(description="centre in the specimen frame, nm")
+    fov_nm: tuple[Side, Side]
+    phase: str | None = Field(None, description="the specimen's phase here; default: the first reference's")
+    weight: NonNegative = Field(1.0, description="how much damage here counts")
+    electrons: Count | None = Field(None, description="budget of electrons that fall here")
+    peak_fluence_e_per_A2: NonNegative | None = Field(None, description="budget of any 1 nm tile of it, e/A^2")
+    damage: NonNegative | None = Field(None, description="budget of damage here, nm^2")
+    seconds: NonNegative | None = Field(None, description="budget of the time that the beam is here, s")
+
+
 class StopRules(Model):
     """When to end before the budget does."""
 
@@ -344,6 +406,8 @@ class Plan(Model):
     overview: OverviewPlan | None = None
     scan: ScanPlan
     drift: DriftPlan | None = None
+    damage: DamagePlan | None = None
+    areas: tuple[AreaPlan, ...] = ()
     budget: Budget
     stop: StopRules = StopRules()
     decision_seconds: NonNegative = Field(1.0, description="fixed time charged to each decision, s")

@@ -7,14 +7,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aecontrol.commands import Decide, FollowPlan, MeasureDrift
+from aecontrol.commands import Decide, FollowPlan, MeasureDamage, MeasureDrift
 from aecontrol.dose import Totals
 from aecontrol.errors import StorageFault
-from aecontrol.events import Decided, DriftMeasured, Perceived, Recorded, Reembedded, SessionEvent, step_text
+from aecontrol.events import (
+    DamageMeasured,
+    Decided,
+    DriftMeasured,
+    Perceived,
+    Recorded,
+    Reembedded,
+    SessionEvent,
+    step_text,
+)
 from aecontrol.exposure import LedgerRecord
+from aecontrol.folding import apply, begin
 from aecontrol.journal import read_journal
-from aecontrol.machine import State, apply, begin, next_command
-from aecontrol.session import config_of, load_array, measure_drift, read_events
+from aecontrol.machine import next_command
+from aecontrol.measuring import Meter, load_array, measure_damage, measure_drift, meter_of
+from aecontrol.session import config_of, read_events
+from aecontrol.state import State
 from aecontrol.types import ArrayRef
 
 
@@ -26,7 +38,8 @@ def verify_session(folder: Path) -> dict[str, Any]:
     that were charged in full because a crash interrupted them). Raises StorageFault when the journal itself is damaged.
     """
     events = read_events(folder)
-    policy = config_of(events).policy
+    config = config_of(events)
+    policy, meter = config.policy, meter_of(config.plan, "cpu")
     state = begin(events[0])
     decisions = identical = 0
     differences: list[str] = []
@@ -47,6 +60,8 @@ def verify_session(folder: Path) -> dict[str, Any]:
                 )
         if isinstance(event, DriftMeasured):
             differences += _drift(folder, event, state)
+        if isinstance(event, DamageMeasured):
+            differences += _damage(folder, event, state, meter)
         state = apply(state, event)
     differences += compare_ledgers(folder, state)
     differences += _arrays(folder, events)
@@ -79,6 +94,21 @@ def _drift(folder: Path, event: DriftMeasured, state: State) -> Iterator[str]:
     off = 0.0 if again is None else math.dist(again.shift_nm, event.shift_nm)
     if again is None or again.accepted != event.accepted or off > 0.1 * event.sigma_nm + 1e-9:
         yield f"{step_text(state.intent)}: its frame does not show the shift that was recorded"
+
+
+def _damage(folder: Path, event: DamageMeasured, state: State, meter: Meter | None) -> Iterator[str]:
+    """Whether the stored frames still say what was made of them, to within a tenth of a standard deviation."""
+    command = next_command(state)
+    if meter is None or meter.version != event.metric or not isinstance(command, MeasureDamage):
+        yield f"{step_text(state.intent)}: damage was measured by {event.metric}, which is not what is installed"
+        return
+    try:
+        again = measure_damage(folder, command, state, meter)
+    except StorageFault:
+        return  # damaged frames are reported with the other arrays
+    off = abs((again.mean or 0.0) - (event.mean or 0.0))
+    if (again.mean is None) != (event.mean is None) or off > 0.1 * (event.sd or 0.0) + 1e-9:
+        yield f"{step_text(state.intent)}: its frame does not show the damage that was recorded"
 
 
 def compare_ledgers(folder: Path, state: State) -> Iterator[str]:
@@ -129,6 +159,8 @@ def _arrays(folder: Path, events: list[SessionEvent]) -> Iterator[str]:
 def _refs(event: SessionEvent) -> Iterator[ArrayRef]:
     if isinstance(event, Recorded):
         yield from event.frame.channels.values()
+    if isinstance(event, DamageMeasured) and event.scores is not None:
+        yield event.scores
     if isinstance(event, Perceived | Reembedded):
         for o in event.observations:
             yield from (ref for ref in (o.atoms, o.patches, o.patch_atoms, o.latents) if ref is not None)

@@ -192,13 +192,15 @@ class Failed(Message):
 
 
 class TruthIs(Message):
-    """True objects; arrays: targets [n, 2] nm, atoms [m, 2] nm (or [0, 2]), changes [k, 4] (x, y, fluence, time)."""
+    """True objects; arrays: targets [n, 2] nm, atoms [m, 2] nm (or [0, 2]), changes [k, 5] (x, y, fluence, time, site),
+    sites [s, 3] (x, y, atomic number; or [0, 3])."""
 
     t: Literal["TRUTH_IS"] = "TRUTH_IS"
     known: bool
     labels: tuple[str, ...] = ()
     electrons_delivered: Count | None = None
     atoms_known: bool = False
+    sites_known: bool = False
     kinds: tuple[str, ...] = ()
 
 

@@ -19,16 +19,18 @@ def truth_message(truth: Truth | None) -> tuple[TruthIs, Parts]:
     """The answer to TRUTH, and its arrays as .npy bytes."""
     if truth is None:
         return TruthIs(known=False), ()
-    changes = [(*change.position_nm, change.fluence_e_per_A2, change.time_s) for change in truth.changes]
+    changes = [(*change.position_nm, change.fluence_e_per_A2, change.time_s, change.site) for change in truth.changes]
     message = TruthIs(
         known=True,
         labels=truth.labels,
         electrons_delivered=truth.electrons_delivered,
         atoms_known=truth.atoms is not None,
+        sites_known=truth.sites is not None,
         kinds=tuple(change.kind for change in truth.changes),
     )
     atoms = np.empty((0, 2)) if truth.atoms is None else truth.atoms
-    arrays = (truth.targets, atoms, np.array(changes, dtype=np.float64).reshape(-1, 4))
+    sites = np.empty((0, 3)) if truth.sites is None else truth.sites
+    arrays = (truth.targets, atoms, np.array(changes, dtype=np.float64).reshape(-1, 5), sites)
     return message, [npy_bytes(array) for array in arrays]
 
 
@@ -36,16 +38,17 @@ def truth_from(message: TruthIs, parts: Parts) -> Truth | None:
     """What :func:`truth_message` was given. Raises StorageFault for damaged arrays."""
     if not message.known:
         return None
-    targets, atoms, changes = (np.asarray(load_npy(part, "TRUTH"), dtype=np.float64) for part in parts)
+    targets, atoms, changes, sites = (np.asarray(load_npy(part, "TRUTH"), dtype=np.float64) for part in parts)
     return Truth(
         targets=targets,
         labels=message.labels,
         electrons_delivered=message.electrons_delivered,
         atoms=atoms if message.atoms_known else None,
         changes=tuple(
-            Change((float(x), float(y)), kind, float(fluence), float(time_s))
-            for kind, (x, y, fluence, time_s) in zip(message.kinds, changes, strict=True)
+            Change((float(x), float(y)), kind, float(fluence), float(time_s), int(site))
+            for kind, (x, y, fluence, time_s, site) in zip(message.kinds, changes, strict=True)
         ),
+        sites=sites if message.sites_known else None,
     )
 
 

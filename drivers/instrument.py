@@ -66,6 +66,9 @@ class KnowsAll(Protocol):
     def changes(self) -> tuple[Change, ...]:
         """What the beam has done so far."""
 
+    def sites(self) -> NDArray[np.float64]:
+        """Every site as born [n, 3]: (x, y) in nm and the atomic number of what sat there, 0 for a vacant one."""
+
     def noiseless(self, region: ScanRegion) -> Mapping[str, NDArray[np.generic]]:
         """Ideal images of ``region``; nothing is exposed."""
 
@@ -170,6 +173,7 @@ class Instrument:
             electrons_delivered=self._column.meter,
             atoms=self._column.atoms_nm(),
             changes=self._column.changes(),
+            sites=self._column.sites(),
         )
 
     def noiseless(self, region: ScanRegion) -> Mapping[str, NDArray[np.generic]] | None:

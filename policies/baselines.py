@@ -1,4 +1,7 @@
-"""Policies that learn nothing from the sub-scans, or only the simplest thing: what a learned policy has to beat."""
+"""Policies that learn nothing from the sub-scans, or only the simplest thing: what a learned policy has to beat.
+
+None of them weighs one kind of window against another: each uses up the plan's first kind before it takes the next.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aecontrol.protocols import History
 from aecontrol.types import Decision, Explanation, Model, ScanRegion
@@ -17,6 +21,7 @@ from .choosing import (
     centres_nm,
     evidence,
     feasible_indices,
+    first_kind,
     grid_axes_nm,
     place,
     policy_stream,
@@ -33,7 +38,7 @@ class Raster(Model):
 
     def decide(self, history: History, candidates: Sequence[ScanRegion], seed: int) -> Decision:
         """The first feasible window in raster order."""
-        allowed = feasible_indices(history, candidates)
+        allowed, _ = _allowed(history, candidates)
         fast, slow = grid_axes_nm(candidates)
         order = np.lexsort((fast, slow))
         return _next_in_order(self.kind, order[np.isin(order, allowed)], candidates)
@@ -46,9 +51,9 @@ class Serpentine(Model):
 
     def decide(self, history: History, candidates: Sequence[ScanRegion], seed: int) -> Decision:
         """The first feasible window in serpentine order."""
-        allowed = feasible_indices(history, candidates)
+        allowed, kind = _allowed(history, candidates)
         fast, slow = grid_axes_nm(candidates)
-        row = np.unique(slow, return_inverse=True)[1]
+        row = np.searchsorted(np.unique(slow[kind]), slow)
         order = np.lexsort((np.where(row % 2 == 0, fast, -fast), row))
         return _next_in_order(self.kind, order[np.isin(order, allowed)], candidates)
 
@@ -60,7 +65,7 @@ class Random(Model):
 
     def decide(self, history: History, candidates: Sequence[ScanRegion], seed: int) -> Decision:
         """One draw from the stream of (seed, 'policy', step)."""
-        allowed = feasible_indices(history, candidates)
+        allowed, _ = _allowed(history, candidates)
         index = int(policy_stream(seed, history.step).choice(allowed))
         why = f"{place(candidates, index)}, drawn at random from {allowed.size} feasible windows"
         return scan(candidates, Explanation(policy=self.kind, why=why, candidate=index))
@@ -74,7 +79,7 @@ class Sobol(Model):
 
     def decide(self, history: History, candidates: Sequence[ScanRegion], seed: int) -> Decision:
         """The window nearest to point number ``history.step``."""
-        allowed = feasible_indices(history, candidates)
+        allowed, _ = _allowed(history, candidates)
         index = sobol_choice(history, candidates, allowed, seed)
         why = (
             f"{place(candidates, index)}, the nearest of {allowed.size} feasible windows to Sobol point {history.step}"
@@ -93,7 +98,7 @@ class Greedy(Model):
 
     def decide(self, history: History, candidates: Sequence[ScanRegion], seed: int) -> Decision:
         """The feasible window with the highest evidence; the lowest index wins a tie."""
-        allowed = feasible_indices(history, candidates)
+        allowed, _ = _allowed(history, candidates)
         overview = evidence(history, candidates)
         fallback = None
         if np.isfinite(overview).any():
@@ -111,6 +116,13 @@ class Greedy(Model):
             fallback, mean = "first feasible window: no evidence", None
         explanation = Explanation(policy=self.kind, why=why, candidate=index, mean=mean, fallback=fallback)
         return scan(candidates, explanation)
+
+
+def _allowed(history: History, candidates: Sequence[ScanRegion]) -> tuple[Indices, NDArray[np.bool_]]:
+    """The feasible windows of the kind that is to be used up first, and which candidates [n] are of that kind."""
+    allowed = feasible_indices(history, candidates)
+    kind = first_kind(candidates, allowed)
+    return allowed[kind[allowed]], kind
 
 
 def _next_in_order(kind: str, order: Indices, candidates: Sequence[ScanRegion]) -> Decision:

@@ -23,11 +23,14 @@ from .choosing import (
     evidence,
     extent_nm,
     feasible_indices,
+    first_kind,
     place,
     scan,
     significant,
     sobol_choice,
 )
+from .improvement import log_expected_improvement
+from .worth import Cost, Looks, charged, learn_threshold, log_price, log_validity, per_window, unseen
 
 if TYPE_CHECKING:
     from .surrogate import Design, Hyperparameters, Targets
@@ -45,13 +48,26 @@ JITTER = 1e-2
 
 
 class _Problem(NamedTuple):
-    """One decision, as numbers: all windows, and the sub-scans whose value is known."""
+    """One decision, as numbers: all windows, and the sub-scans whose value is known. Values and variances are those of
+    windows of the first kind; ``gain`` and ``scanned_gain`` are what each window and sub-scan shows relative to one."""
 
     windows: Design
     window_size: Floats
     scanned: Design
     values: Floats
     variances: Floats
+    gain: Floats
+    scanned_gain: Floats
+    threshold: float
+
+
+class _Terms(NamedTuple):
+    """What is weighed beside expected values: how closely windows look, the logarithm of validity over price [n], and
+    whether all that is the same for all windows."""
+
+    looks: Looks
+    factor: Floats
+    plain: bool
 
 
 class _Belief(NamedTuple):
@@ -67,6 +83,12 @@ class _Belief(NamedTuple):
 class Bayes(Model):
     """Gaussian process over window centres, with a prior mean learned from the overview's evidence.
 
+    With a ``cost``, windows of several kinds or known damage, an acquisition is of what a window is still worth: what
+    it would show that no sub-scan has shown, times the share of its matter that is still whole, per unit charge.
+    'ucb' is then the expected number of targets above 0, with the UCB as mean, over the charge: what collects the most
+    from a budget. 'logei' cools: the less of the budget is left, the less the charge counts, for it is the best one
+    that is wanted in the end. Several kinds of windows need a target that is counted ('vacancy', 'atom_count').
+
     Until ``n_initial`` sub-scans have a value it ranks by overview evidence (without one: scrambled Sobol). When the
     surrogate fails it takes the next rung, and says so in ``fallback``: default hyper-parameters with jitter, ranking
     by evidence, space filling.
@@ -78,6 +100,9 @@ class Bayes(Model):
         description="'ucb' collects the most over all windows; 'logei' seeks the single best one; 'max_variance' maps",
     )
     beta: NonNegative = Field(0.1, description="UCB = mean + sqrt(beta) sd; 0: the posterior mean alone")
+    cost: Cost = Field(
+        "none", description="the charge that an acquisition is divided by: 'electrons', 'damage', 'seconds', or 'none'"
+    )
     n_initial: PositiveInt = Field(3, description="sub-scans with a value before the surrogate is asked")
     overview_features: tuple[str, ...] = Field(
         (), description="names of overview features used as evidence beside the overview's value"
@@ -87,44 +112,78 @@ class Bayes(Model):
         """The feasible window with the highest acquisition; the lowest index wins a tie."""
         allowed = feasible_indices(history, candidates)
         cheap = evidence(history, candidates)
+        terms = self._terms(history, candidates)
         known = sum(o.value is not None for o in history.scans)
         if known < self.n_initial:
             reason = f"{known} of {self.n_initial} sub-scans before the surrogate is asked"
-            return self._without_surrogate(history, candidates, allowed, cheap, seed, reason, None)
-        belief, fallback = self._believe(_problem(history, candidates, cheap, self.overview_features))
+            return self._without_surrogate(history, candidates, allowed, terms, seed, reason, None)
+        problem = _problem(history, candidates, cheap / terms.looks.area, terms.looks, self.overview_features)
+        belief, fallback = self._believe(problem)
         if belief is None:
-            return self._without_surrogate(history, candidates, allowed, cheap, seed, "no surrogate", fallback)
-        scores = self._scores(belief)
-        index = best_index(scores, allowed, 0.0 if self.acquisition == "logei" else belief.scale)
+            return self._without_surrogate(history, candidates, allowed, terms, seed, "no surrogate", fallback)
+        scores = self._scores(belief, terms)
+        absolute = terms.plain and self.acquisition != "logei"
+        index = best_index(scores, allowed, belief.scale if absolute else 0.0)
         mean, sd = float(belief.mean[index]), float(belief.sd[index])
+        name = _NAMES[self.acquisition] if terms.plain else f"log {_NAMES[self.acquisition].removeprefix('log ')}"
         why = (
-            f"{place(candidates, index)}: {_NAMES[self.acquisition]} {scores[index]:.4g} is the highest of "
+            f"{place(candidates, index)}: {name}{self._per(terms)} {scores[index]:.4g} is the highest of "
             f"{allowed.size} feasible windows, expected value {mean:.4g} ± {sd:.2g} after {known} sub-scans"
         )
         if np.isfinite(cheap[index]):
             why += f", overview evidence {cheap[index]:.4g}"
+        why += self._circumstances(history, candidates, index)
         maps = len(candidates) <= MAP_LIMIT
+        learned = asdict(belief.hyperparameters)
+        if not terms.looks.alike:
+            learned["threshold_exposure"] = problem.threshold
         explanation = Explanation(
             policy=self.kind,
             why=why,
             candidate=index,
-            acquisition=significant(float(scores[index])),
+            acquisition=significant(float(scores[index])) if np.isfinite(scores[index]) else None,
             mean=significant(mean),
             sd=significant(sd),
             fallback=fallback,
-            hyperparameters={k: significant(v) for k, v in asdict(belief.hyperparameters).items()},
+            hyperparameters={k: significant(v) for k, v in learned.items()},
             mean_map=tuple(significant(v) for v in belief.mean.tolist()) if maps else (),
             sd_map=tuple(significant(v) for v in belief.sd.tolist()) if maps else (),
         )
         return scan(candidates, explanation)
 
-    def _scores(self, belief: _Belief) -> Floats:
-        """Acquisition of every window [n], larger is better."""
+    def _terms(self, history: History, candidates: Sequence[ScanRegion]) -> _Terms:
+        """What this decision weighs beside expected values."""
+        looks = Looks.of(candidates, candidates[0])
+        price = log_price(history, self.cost, cools=self.acquisition == "logei")
+        plain = self.cost == "none" and looks.alike and not history.validity
+        return _Terms(looks, log_validity(history, candidates) - price, plain)
+
+    def _scores(self, belief: _Belief, terms: _Terms) -> Floats:
+        """Acquisition of every window [n], larger is better; its logarithm where more than expected values count."""
         if self.acquisition == "max_variance":
-            return belief.sd
+            return belief.sd if terms.plain else _log(belief.sd) + terms.factor
         if self.acquisition == "ucb":
-            return np.asarray(belief.mean + self.beta**0.5 * belief.sd)
-        return log_expected_improvement(belief.mean, belief.sd, belief.incumbent)
+            ucb = np.asarray(belief.mean + self.beta**0.5 * belief.sd)
+            return ucb if terms.plain else log_expected_improvement(ucb, belief.sd, 0.0) + terms.factor
+        return log_expected_improvement(belief.mean, belief.sd, belief.incumbent) + terms.factor
+
+    def _per(self, terms: _Terms) -> str:
+        """What the acquisition is divided by, in words."""
+        if self.cost == "none":
+            return "" if terms.plain else " of what is left to see"
+        return f" of what is left to see per {_CURRENCIES[self.cost]} charged"
+
+    def _circumstances(self, history: History, candidates: Sequence[ScanRegion], index: int) -> str:
+        """Kind, state and charge of the chosen window, in words; empty where all that is alike or unknown."""
+        words = ""
+        if not Looks.of(candidates, candidates[0]).alike:
+            region = candidates[index]
+            words += f"; {region.fov_nm[0]:.4g} x {region.fov_nm[1]:.4g} nm, {1e6 * region.dwell_time_s:.4g} us a pixel"
+        if history.validity:
+            words += f"; {100 * history.validity[index]:.3g} % of its matter still whole"
+        if self.cost != "none":
+            words += f"; charge {charged(history, self.cost)[index]:.4g} {_CURRENCIES[self.cost]}"
+        return words
 
     def _believe(self, problem: _Problem) -> tuple[_Belief | None, str | None]:
         """The surrogate's belief, or None; and which rung of the ladder gave it."""
@@ -150,9 +209,9 @@ class Bayes(Model):
                 mean, sd = surrogate.posterior(problem.scanned, every, problem.windows, hyperparameters, jitter)
                 at_scans, _ = surrogate.posterior(problem.scanned, every, problem.scanned, hyperparameters, jitter)
                 belief = _Belief(
-                    targets.mean + targets.scale * mean,
-                    targets.scale * sd,
-                    float(targets.mean + targets.scale * at_scans.max()),
+                    problem.gain * (targets.mean + targets.scale * mean),
+                    problem.gain * (targets.scale * sd),
+                    float((problem.scanned_gain * (targets.mean + targets.scale * at_scans)).max()),
                     targets.scale,
                     hyperparameters,
                 )
@@ -169,19 +228,26 @@ class Bayes(Model):
         history: History,
         candidates: Sequence[ScanRegion],
         allowed: Indices,
-        cheap: Floats,
+        terms: _Terms,
         seed: int,
         reason: str,
         fallback: str | None,
     ) -> Decision:
         """The lower rungs: the highest overview evidence, or without any the Sobol sequence."""
+        cheap = evidence(history, candidates)
         if np.isfinite(cheap[allowed]).any():
-            index = best_index(np.where(np.isfinite(cheap), cheap, -np.inf), allowed)
+            scores = np.where(np.isfinite(cheap), cheap, -np.inf)
+            if not terms.plain:
+                scores = _log_evidence(cheap / terms.looks.area) + terms.factor
+                scores += _log(terms.looks.gain(1.0) * unseen(candidates, terms.looks, history, 1.0))
+            index = best_index(scores, allowed)
             why = (
-                f"{place(candidates, index)}: highest overview evidence, {cheap[index]:.4g}, of {allowed.size} "
-                f"feasible windows ({reason})"
+                f"{place(candidates, index)}: highest overview evidence{self._per(terms)}, {cheap[index]:.4g}, of "
+                f"{allowed.size} feasible windows ({reason})"
             )
+            why += self._circumstances(history, candidates, index)
             return scan(candidates, Explanation(policy=self.kind, why=why, candidate=index, fallback=fallback))
+        allowed = allowed[first_kind(candidates, allowed)[allowed]]
         index = sobol_choice(history, candidates, allowed, seed)
         why = (
             f"{place(candidates, index)}: nearest of {allowed.size} feasible windows to Sobol point {history.step} "
@@ -193,30 +259,20 @@ class Bayes(Model):
 
 
 _NAMES: dict[str, str] = {"logei": "log expected improvement", "ucb": "UCB", "max_variance": "standard deviation"}
+_CURRENCIES: dict[str, str] = {"electrons": "electrons", "damage": "nm^2 of damage", "seconds": "seconds"}
 
 
-def log_expected_improvement(mean: Floats, sd: Floats, incumbent: float) -> Floats:
-    """log EI [n] = log s + log(phi(z) + z Phi(z)), z = (mean - incumbent) / s, accurate for any z (Ament et al. 2023,
-    arXiv 2310.20708, eq. 9). A window without uncertainty improves by max(mean - incumbent, 0)."""
-    from scipy.special import erfcx, ndtr
+def _log(values: Floats) -> Floats:
+    """Logarithm [n]; -inf of 0."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.log(values))
 
-    result = np.full(mean.shape, -np.inf)
-    gain = mean - incumbent
-    sure = (sd <= 0) & (gain > 0)
-    result[sure] = np.log(gain[sure])
-    live = sd > 0
-    z = gain[live] / sd[live]
-    log_h = np.empty_like(z)
-    near, far = z > -1, z < -200
-    middle = ~near & ~far
-    log_h[near] = np.log(np.exp(-(z[near] ** 2) / 2) / np.sqrt(2 * np.pi) + z[near] * ndtr(z[near]))
-    # Below, phi(z) is taken out; what is left is 1 - |z| Mills(|z|), and far out its asymptotic series.
-    t = -z[middle]
-    log_h[middle] = np.log1p(-t * np.sqrt(np.pi / 2) * erfcx(t / np.sqrt(2))) - t**2 / 2 - np.log(2 * np.pi) / 2
-    t = -z[far]
-    log_h[far] = -2 * np.log(t) + np.log1p(-3 / t**2 + 15 / t**4) - t**2 / 2 - np.log(2 * np.pi) / 2
-    result[live] = np.log(sd[live]) + log_h
-    return result
+
+def _log_evidence(cheap: Floats) -> Floats:
+    """Logarithm of the evidence [n], of what is not positive as of one millionth of the largest; -inf of NaN."""
+    known = np.isfinite(cheap)
+    least = 1e-6 * max(float(np.abs(cheap[known]).max()), np.finfo(np.float64).tiny)
+    return np.where(known, _log(np.maximum(np.where(known, cheap, 0.0), least)), -np.inf)
 
 
 def _fit_size(n: int) -> int:
@@ -245,7 +301,9 @@ def _fitted(design: Design, targets: Targets, window: Floats) -> Hyperparameters
     return _FITS[key]
 
 
-def _problem(history: History, candidates: Sequence[ScanRegion], cheap: Floats, features: tuple[str, ...]) -> _Problem:
+def _problem(
+    history: History, candidates: Sequence[ScanRegion], cheap: Floats, looks: Looks, features: tuple[str, ...]
+) -> _Problem:
     from .surrogate import Design
 
     low, size = extent_nm(candidates)
@@ -259,13 +317,21 @@ def _problem(history: History, candidates: Sequence[ScanRegion], cheap: Floats, 
     for row, (_, index) in enumerate(rows):
         if index >= 0:
             of_scans[row] = of_windows[index]
-    return _Problem(
-        windows=Design((centres_nm(candidates) - low) / size, of_windows),
-        window_size=np.array(candidates[0].fov_nm) / size,
-        scanned=Design((centres_nm([o.region for o, _ in rows]) - low) / size, of_scans),
-        values=np.array([o.value for o, _ in rows], dtype=np.float64),
-        variances=np.array([o.variance or 0.0 for o, _ in rows], dtype=np.float64),
-    )
+    scanned = Design((centres_nm([o.region for o, _ in rows]) - low) / size, of_scans)
+    window = np.array(candidates[0].fov_nm) / size
+    values = np.array([o.value for o, _ in rows], dtype=np.float64)
+    variances = np.array([o.variance or 0.0 for o, _ in rows], dtype=np.float64)
+    gain, scanned_gain, threshold = np.ones(len(candidates)), np.ones(len(rows)), 1.0
+    if not looks.alike:
+        told = Looks.of([o.region for o, _ in rows], candidates[0])
+        prefix = _fit_size(len(rows))
+        threshold = learn_threshold(
+            scanned.first(prefix), values[:prefix], variances[:prefix], told.first(prefix), window
+        )
+        values, variances = per_window(values, variances, told, threshold)
+        gain, scanned_gain = looks.gain(threshold) * unseen(candidates, looks, history, threshold), told.gain(threshold)
+    windows = Design((centres_nm(candidates) - low) / size, of_windows)
+    return _Problem(windows, window, scanned, values, variances, gain, scanned_gain, threshold)
 
 
 def _standard(column: Floats) -> Floats:

@@ -36,6 +36,13 @@ def feasible_indices(history: History, candidates: Sequence[ScanRegion]) -> Indi
     return indices
 
 
+def first_kind(candidates: Sequence[ScanRegion], allowed: Indices) -> NDArray[np.bool_]:
+    """Which candidates [n] are of the same kind (size, pixels, dwell time) as the first of ``allowed``: who does not
+    weigh one kind of window against another uses up the first before the next."""
+    kinds = [(region.fov_nm, region.shape, region.dwell_time_s) for region in candidates]
+    return np.array([kind == kinds[int(allowed[0])] for kind in kinds])
+
+
 def centres_nm(regions: Sequence[ScanRegion]) -> Floats:
     """[n, 2] centres (x, y), nm."""
     return np.array([region.center_nm for region in regions], dtype=np.float64).reshape(-1, 2)

@@ -17,18 +17,25 @@ from aecontrol.protocols import History, Policy
 from aecontrol.types import Charge, Decision, Observation, Scan, ScanRegion
 
 
-def windows(rows: int, cols: int, side_nm: float = 5.0) -> tuple[ScanRegion, ...]:
+def windows(
+    rows: int, cols: int, side_nm: float = 5.0, dwell_time_s: float = 1e-6, pixels: int = 16
+) -> tuple[ScanRegion, ...]:
     """A grid of square windows, row by row."""
     return tuple(
         ScanRegion(
             center_nm=((col + 0.5) * side_nm, (row + 0.5) * side_nm),
             fov_nm=(side_nm, side_nm),
-            shape=(16, 16),
-            dwell_time_s=1e-6,
+            shape=(pixels, pixels),
+            dwell_time_s=dwell_time_s,
         )
         for row in range(rows)
         for col in range(cols)
     )
+
+
+def several_kinds() -> tuple[ScanRegion, ...]:
+    """A field of 20 x 20 nm in windows of 5 x 5 nm, in the same windows with a longer dwell, and in quarters."""
+    return (*windows(4, 4), *windows(4, 4, dwell_time_s=4e-6), *windows(2, 2, side_nm=10.0, pixels=32))
 
 
 def observation(region: ScanRegion, value: float | None, variance: float = 1.0) -> Observation:
@@ -42,8 +49,13 @@ def history(
     values: Sequence[float | None],
     overview: Sequence[float | None] | None,
     forbidden: Sequence[int] = (),
+    *,
+    damage: Sequence[float] | None = None,
+    validity: Sequence[float] = (),
+    left: float = 1.0,
 ) -> History:
-    """A history in which ``scanned`` windows gave ``values``; neither they nor ``forbidden`` ones are feasible."""
+    """A history in which ``scanned`` windows gave ``values``; neither they nor ``forbidden`` ones are feasible. Every
+    window is charged its pixels' dwell time and ``damage`` [n]; ``left`` is the share left of every budget."""
     closed = {*scanned, *forbidden}
     return History(
         step=len(scanned) + 1,
@@ -51,29 +63,50 @@ def history(
         scans=tuple(observation(candidates[i], v) for i, v in zip(scanned, values, strict=True)),
         scanned=tuple(scanned),
         feasible=tuple(i not in closed for i in range(len(candidates))),
-        charges=tuple(Charge(electrons=100, pixels=256, seconds=1.0) for _ in candidates),
+        charges=tuple(
+            Charge(
+                electrons=round(1e7 * region.pixels * region.dwell_time_s),
+                pixels=region.pixels,
+                seconds=region.pixels * region.dwell_time_s,
+                damage=0.0 if damage is None else damage[index],
+            )
+            for index, region in enumerate(candidates)
+        ),
+        validity=tuple(validity),
+        left=dict.fromkeys(("electrons", "damage", "seconds"), left),
     )
 
 
 def random_history(seed: int, candidates: Sequence[ScanRegion]) -> History:
     """A history of random length, mask, values and overview; some observations abstain. One window stays feasible."""
+    return history(candidates, *_random(np.random.default_rng(seed), len(candidates)))
+
+
+def random_damage(seed: int, candidates: Sequence[ScanRegion]) -> History:
+    """The same, where windows are charged damage of any magnitude, or none, and are whole, damaged or dead."""
     random = np.random.default_rng(seed)
-    order = random.permutation(len(candidates))
-    count = int(random.integers(0, len(candidates)))
+    arguments = _random(random, len(candidates))
+    damage = np.where(random.random(len(candidates)) < 0.2, 0.0, 10 ** random.uniform(-6, 3, len(candidates)))
+    validity = np.clip(random.uniform(-0.2, 1.2, len(candidates)), 0.0, 1.0)
+    left = float(random.random())
+    return history(candidates, *arguments, damage=damage.tolist(), validity=validity.tolist(), left=left)
+
+
+def _random(
+    random: np.random.Generator, size: int
+) -> tuple[list[int], list[float | None], list[float | None] | None, list[int]]:
+    """Scanned windows, their values, overview and forbidden windows."""
+    order = random.permutation(size)
+    count = int(random.integers(0, size))
     scale = float(10 ** random.uniform(-3, 6))
     values = [None if random.random() < 0.2 else float(v) for v in scale * random.standard_normal(count)]
     if random.random() < 0.2:
         values = [scale] * count
-    overview = [None if random.random() < 0.1 else float(v) for v in scale * random.standard_normal(len(candidates))]
+    overview = [None if random.random() < 0.1 else float(v) for v in scale * random.standard_normal(size)]
     left = order[count:]
     forbidden = left[: int(random.integers(0, len(left)))]
-    return history(
-        candidates,
-        [int(i) for i in order[:count]],
-        values,
-        None if random.random() < 0.3 else overview,
-        [int(i) for i in forbidden],
-    )
+    no_overview = random.random() < 0.3
+    return [int(i) for i in order[:count]], values, None if no_overview else overview, [int(i) for i in forbidden]
 
 
 class PolicyContract:
@@ -121,3 +154,21 @@ class PolicyContract:
                 view = history(candidates, order, [float(i**2) for i in order], overview)
                 order.append(self.chosen(view, candidates))
             assert sorted(order) == list(range(12))
+
+    def test_charges_damage_and_several_kinds_of_windows_are_coped_with(self) -> None:
+        """Feasible windows only, and the same again, whatever is charged and however little is still whole."""
+        candidates = several_kinds()
+        for seed in range(self.cases // 2):
+            view = random_damage(seed, candidates)
+            index = self.chosen(view, candidates, seed)
+            assert view.feasible[index]
+            assert self.chosen(view, candidates, seed) == index
+
+    def test_a_whole_session_of_several_kinds_ends(self) -> None:
+        """Every window of every kind is visited once, if the budget lets it."""
+        candidates = (*windows(2, 2), *windows(2, 2, dwell_time_s=4e-6), *windows(1, 1, side_nm=10.0))
+        order: list[int] = []
+        while len(order) < len(candidates):
+            view = history(candidates, order, [float(i % 4) for i in order], [float(i % 4) for i in range(9)])
+            order.append(self.chosen(view, candidates))
+        assert sorted(order) == list(range(9))

@@ -221,6 +221,19 @@ def _prior_mean(design: Design) -> torch.Tensor:
     return SLOPE * torch.from_numpy(design.evidence[:, 0])
 
 
+def log_likelihood(train: Design, targets: Targets, p: Hyperparameters) -> float:
+    """Log of the probability density of the standardised values [n], up to a constant. Raises FitFailed."""
+    with single_thread():
+        noise = torch.from_numpy(targets.variances) + p.noise_variance
+        factor, info = torch.linalg.cholesky_ex(_covariance(train, train, p) + torch.diag(noise))
+        residual = torch.from_numpy(targets.values) - _prior_mean(train)
+        white = torch.linalg.solve_triangular(factor, residual[:, None], upper=False)[:, 0]
+        result = float(-0.5 * (white**2).sum() - torch.log(torch.diagonal(factor)).sum())
+    if int(info) != 0 or not np.isfinite(result):
+        raise FitFailed("the covariance matrix is not positive definite")
+    return result
+
+
 def posterior(
     train: Design, targets: Targets, at: Design, p: Hyperparameters, jitter: float = 0.0
 ) -> tuple[Floats, Floats]:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from aecontrol.units import angstrom_to_nm
+
 from . import draws
 from .cells import CellIndex
 from .cross_sections import BARN_A2
@@ -101,6 +103,7 @@ def _units(specimen: Specimen, model: Damage, seed: int, keys: draws.Keys) -> Pa
     first = np.flatnonzero((np.diff(unit, prepend=-1) != 0) | (np.diff(scale[order], prepend=0.0) != 0.0))
     clock_unit = unit[first]
     critical = scale[order[first]] * drawn[clock_unit]
+    critical *= model.sensitivity(angstrom_to_nm(1.0) * centroid[clock_unit])  # a unit breaks at once, in one zone
     return centroid[clock_unit], critical, order, np.diff(first, append=len(order))
 
 

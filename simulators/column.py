@@ -207,6 +207,12 @@ class SimulatedColumn:
         """Positions [n, 2] of the atoms left, nm."""
         return angstrom_to_nm(1.0) * self._body.positions_A[self._body.alive, :2]
 
+    def sites(self) -> Array:
+        """Every site as born [n, 3]: (x, y) in nm and the atomic number of what sat there, 0 for a vacant one."""
+        born = self._born
+        number = np.where(born.alive, born.atomic_numbers, 0)
+        return np.column_stack([angstrom_to_nm(1.0) * born.positions_A[:, :2], number])
+
     def changes(self) -> tuple[Change, ...]:
         """What the beam has done so far, each where its atom was born."""
         where = angstrom_to_nm(1.0) * self._born.positions_A
@@ -216,6 +222,7 @@ class SimulatedColumn:
                 event.kind,
                 event.fluence_e_per_A2,
                 math.nan if event.time_s is None else event.time_s,
+                event.atom,
             )
             for event in self._events
         )

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from aecontrol.errors import BadInput
@@ -66,6 +68,19 @@ class Migration(Model):
         return self.hops or self.healing_per_s > 0.0
 
 
+class Zone(Model):
+    """A rectangle of the specimen that radiolysis harms sooner, or later, than the rest: another phase of it."""
+
+    center_nm: tuple[float, float] = Field(description="centre (x, y), nm")
+    fov_nm: tuple[Positive, Positive] = Field(description="width and height, nm")
+    factor: Positive = Field(description="critical fluence here over that elsewhere; assumed, not measured")
+
+    def covers(self, places_nm: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which of ``places_nm`` [n, 2] lie in it."""
+        offset = np.abs(places_nm - np.array(self.center_nm))
+        return np.asarray((offset < 0.5 * np.array(self.fov_nm)).all(axis=1))
+
+
 class Damage(Model):
     """What the beam does to which element. An element that is not named is not harmed by that process.
 
@@ -92,6 +107,9 @@ class Damage(Model):
     )
     critical_fluence_e_per_A2: dict[str, Positive] = Field(
         {}, description="radiolysis: fluence at which 1/e of the bond units are still untouched at 300 K, e/A^2"
+    )
+    zones: tuple[Zone, ...] = Field(
+        (), description="where critical fluences are others; where zones overlap their factors multiply"
     )
     induction_exponent: AtLeastOne = Field(1.0, description="k in exp(-(F / F_c)^k), the share still untouched")
     cryo_factor: AtLeastOne = Field(
@@ -154,6 +172,13 @@ class Damage(Model):
         """Critical fluence at the specimen's temperature, e/A^2; infinite for an element that is not named."""
         cold = max(0.0, ROOM_K - self.temperature_K) / (ROOM_K - CRYO_K)
         return self.critical_fluence_e_per_A2.get(symbol, math.inf) * float(self.cryo_factor**cold)
+
+    def sensitivity(self, places_nm: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Critical fluence at ``places_nm`` [n, 2] over that outside all zones [n]."""
+        factor = np.ones(len(places_nm))
+        for zone in self.zones:
+            factor[zone.covers(places_nm)] *= zone.factor
+        return factor
 
     def removed_share(self, symbol: str) -> float:
         """Share of the radiolysed atoms of an element that leave."""
@@ -258,6 +283,10 @@ def _together(words: str, values: Mapping[str, str]) -> Iterator[str]:
 
 def _radiolysis_assumptions(damage: Damage) -> Iterator[str]:
     yield f"critical fluence at 100 K over that at 300 K {damage.cryo_factor:.4g}, log-linear in between [A]"
+    for zone in damage.zones:
+        (x, y), (width, height) = zone.center_nm, zone.fov_nm
+        where = f"{width:.4g} x {height:.4g} nm about ({x:.4g}, {y:.4g}) nm"
+        yield f"critical fluence in {where} over that elsewhere {zone.factor:.4g} [A]"
     yield f"radiolysis induction exponent {damage.induction_exponent:.4g} [A]"
     yield f"radiolysis displacement {damage.radiolysis_displacement_nm:.4g} nm per axis [A]"
     shares = {symbol: f"{damage.removed_share(symbol):.4g} [A]" for symbol in damage.critical_fluence_e_per_A2}

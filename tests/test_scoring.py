@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aecontrol.errors import BadInput
+from aecontrol.protocols import Change, Truth
 from aecontrol.scoring import match, merge_duplicates, recall_curve, score, spent_at_recall
+from aecontrol.true_damage import true_damage
 from tests.windows import inside_boxes, oracle_order, pixels_spent, random_order, window_boxes
 
 COORDINATE = st.integers(0, 12).map(float)
@@ -118,3 +120,22 @@ def test_useless_gate_windows_and_truth_are_refused():
         window_boxes((8, 8), 9)
     with pytest.raises(BadInput, match="no object"):
         recall_curve([[]], [], 0.1)
+
+
+def test_true_damage_is_the_share_of_the_scattering_power_that_left_its_place():
+    """Two tiles: a heavy and a light atom and a vacant site; two like atoms. One more atom outside the field."""
+    sites = np.array([[0.2, 0.3, 42], [0.7, 0.3, 16], [0.5, 0.9, 0], [1.2, 0.1, 16], [1.8, 0.8, 16], [-0.5, 0.5, 6]])
+    light = 16**1.7 / (42**1.7 + 16**1.7)
+
+    def share(*changes, **options):
+        steps = tuple(Change((0.0, 0.0), kind, 1.0, time, site) for time, (kind, site) in enumerate(changes))
+        truth = Truth(np.empty((0, 2)), (), atoms=np.empty((0, 2)), changes=steps, sites=sites)
+        return true_damage(truth, (2.0, 1.0), **options)
+
+    assert share().tolist() == [[0.0, 0.0]]
+    assert share(("removed", 1), ("displaced", 3))[0] == pytest.approx([light, 0.5])
+    assert share(("removed", 1), ("displaced", 3), until_s=0.5)[0] == pytest.approx([light, 0.0])
+    assert share(("removed", 1), ("healed", 1))[0] == pytest.approx([0.0, 0.0])
+    assert share(("removed", 1), ("hopped", 3), ("hopped", 1))[0] == pytest.approx([0.0, 0.5])
+    assert share(("removed", 5), margin=1).tolist() == [[0.0] * 4, [1.0, 0.0, 0.0, 0.0], [0.0] * 4]
+    assert true_damage(Truth(np.empty((0, 2)), ()), (2.0, 1.0)) is None

@@ -98,6 +98,7 @@ class SimulatedHardware:
             electrons_delivered=self._column.meter,
             atoms=self._column.atoms_nm(),
             changes=self._column.changes(),
+            sites=self._column.sites(),
         )
 
     def noiseless(self, region: ScanRegion) -> Mapping[str, NDArray[np.generic]] | None:

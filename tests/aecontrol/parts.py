@@ -195,7 +195,17 @@ class Reckless:
 
 
 def configuration(
-    policy, column, budget: Budget, *, overview: bool = True, limits=None, perceiver=None, drift=None, **stop
+    policy,
+    column,
+    budget: Budget,
+    *,
+    overview: bool = True,
+    limits=None,
+    perceiver=None,
+    drift=None,
+    damage=None,
+    areas=(),
+    **stop,
 ) -> SessionConfig:
     """A session of the counting column: six candidates of 2 x 2 nm."""
     tables = Tables(
@@ -203,6 +213,8 @@ def configuration(
         overview=OverviewPlan(shape=(8, 12), dwell_time_s=1e-6) if overview else None,
         scan=ScanPlan(fov_nm=(2.0, 2.0), shape=(8, 8), dwell_time_s=1e-5),
         drift=drift,
+        damage=damage,
+        areas=areas,
         budget=budget,
         stop=StopRules(**stop),
     )

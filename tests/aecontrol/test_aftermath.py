@@ -9,8 +9,8 @@ import pytest
 
 from aecontrol.aftermath import _oracle, _recall_table, beam_damage
 from aecontrol.dose import bound_charge
-from aecontrol.machine import State, candidate_grid
 from aecontrol.protocols import Change, Truth
+from aecontrol.state import State, candidate_grid
 from aecontrol.types import Atom, Budget, Plan, ScanPlan
 
 from .parts import CAPABILITIES

@@ -16,10 +16,12 @@ from aecontrol.config import parse
 from aecontrol.drift import measure_shift
 from aecontrol.errors import BadInput
 from aecontrol.events import DriftMeasured, Resumed
-from aecontrol.machine import State, fold, preflight
+from aecontrol.folding import fold
+from aecontrol.machine import preflight
 from aecontrol.report import write_report
 from aecontrol.scoring import match
 from aecontrol.session import Session, read_events
+from aecontrol.state import State
 from aecontrol.types import Budget, DriftPlan, ScanRegion
 from aecontrol.verify import compare_ledgers, verify_session
 from drivers.faults import FaultyColumn

@@ -22,10 +22,12 @@ from aecontrol.dose import TileMap
 from aecontrol.errors import AecontrolError, BadInput
 from aecontrol.events import Resumed
 from aecontrol.exposure import InterlockLimits, KeyRecord, absorb
+from aecontrol.folding import apply, fold
+from aecontrol.harm import Harm
 from aecontrol.journal import Journal
-from aecontrol.machine import apply, fold, reference_region
 from aecontrol.session import Session, read_events
-from aecontrol.types import Budget, Charge
+from aecontrol.state import reference_region
+from aecontrol.types import AreaPlan, Budget, Charge, DamagePlan, ReferencePlan
 from aecontrol.verify import compare_ledgers
 from drivers.faults import Crash
 from drivers.instrument import Instrument
@@ -49,8 +51,20 @@ class Failpoints:
             raise Crash
 
 
+SACRIFICED = DamagePlan(
+    metric="glr",
+    references=(ReferencePlan(center_nm=(0.7, 3.2)),),
+    fov_nm=(1.0, 1.0),
+    shape=(20, 20),
+    dwell_time_s=1e-6,
+    exposures=2,
+    share=1.0,
+    critical_fluence_e_per_A2=1e5,
+)
+
+
 def check(folder: Path, column: CountingColumn, budget: Budget) -> None:
-    """Delivered <= charged <= budget, in electrons and per tile; no intent fired twice."""
+    """Delivered <= charged <= budget, in electrons, per tile and per area, and in damage; no intent fired twice."""
     state = fold(read_events(folder))
     assert column.meter <= state.charged.electrons <= budget.electrons
     assert len(column.shots) == len(set(column.shots)), "the column was fired twice for one shot"
@@ -60,15 +74,39 @@ def check(folder: Path, column: CountingColumn, budget: Budget) -> None:
         for (x, y), fluence in column.tiles.items():
             bound = state.tiles.fluence[y + 2, x + 2]
             assert fluence <= bound * (1 + 1e-9) <= budget.peak_fluence_e_per_A2 * (1 + 1e-9)
+    for area, spent in zip(state.plan.areas, state.areas, strict=state.tiles is not None):
+        low, high = (np.array(area.center_nm) + sign * np.array(area.fov_nm) / 2 for sign in (-1, 1))
+        inside = [f for at, f in column.tiles.items() if (np.array(at) >= low).all() and (np.add(at, 1) <= high).all()]
+        assert 100.0 * sum(inside) <= spent.electrons + 1e-6
+        assert spent.electrons <= area.electrons
+    assert budget.damage is None or state.charged.damage <= budget.damage
 
 
-def survive(policy_seed: int, schedule: set[int], budget: Budget, server: Budget, drifting: bool = False) -> None:
+def survive(
+    policy_seed: int,
+    schedule: set[int],
+    budget: Budget,
+    server: Budget,
+    drifting: bool = False,
+    areas: tuple[AreaPlan, ...] = (),
+    damage: DamagePlan | None = None,
+) -> None:
     """Run a session to its end through every crash of the schedule; check after each."""
     folder = Path(tempfile.mkdtemp(dir=RAM))
     points = Failpoints(schedule)
     column = (DriftingColumn if drifting else CountingColumn)(on_line=points.cross)
     limits = InterlockLimits(budget=server)
-    config = configuration(Reckless(policy_seed), column, budget, limits=limits, drift=REFERENCE if drifting else None)
+    drift = REFERENCE if drifting else None
+    config = configuration(
+        Reckless(policy_seed),
+        column,
+        budget,
+        overview=all(area.electrons for area in areas),  # which no protected area bears
+        limits=limits,
+        drift=drift,
+        damage=damage,
+        areas=areas,
+    )
     append = Journal.append
 
     def failing_append(journal: Journal, body: str) -> None:
@@ -136,6 +174,24 @@ def test_it_holds_for_a_specimen_that_drifts_and_is_followed(policy_seed, schedu
 # ---------------------------------------------------------------- a checker never seen to fail proves nothing
 
 
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(
+    policy_seed=st.integers(0, 2**32 - 1),
+    schedule=st.sets(st.integers(1, 200), max_size=5),
+    budget=st.integers(100_000, 600_000),
+    damage=st.floats(0.5, 12.0),
+    corner=st.tuples(st.integers(0, 5), st.integers(0, 3)),
+    electrons=st.one_of(st.just(0), st.integers(0, 200_000)),
+)
+def test_it_holds_for_areas_and_for_damage(policy_seed, schedule, budget, damage, corner, electrons):
+    """The same with an area that has a limit of its own (0: protected), and a place that is sacrificed to learn."""
+    center = (corner[0] + 0.5, corner[1] + 0.5)
+    area = AreaPlan(name="dear", center_nm=center, fov_nm=(1.0, 1.0), electrons=electrons)
+    limits = Budget(electrons=budget, peak_fluence_e_per_A2=1e6, damage=damage)
+    with contextlib.suppress(BadInput):
+        survive(policy_seed, schedule, limits, Budget(), areas=(area,), damage=SACRIFICED)
+
+
 def _charge_nothing_for_indet(patch):
     honest = KeyRecord.charge.fget
     zero = Charge(electrons=0, pixels=0, seconds=0.0)
@@ -162,7 +218,7 @@ def _fresh_key_after_a_crash(patch):
         return after
 
     patch.setattr("aecontrol.session.apply", forget)
-    patch.setattr("aecontrol.machine.apply", forget)
+    patch.setattr("aecontrol.folding.apply", forget)
 
 
 def _no_guard(patch):
@@ -184,8 +240,26 @@ def _charge_what_was_planned_not_delivered(patch):
     )
 
 
+def _no_limits_of_areas(patch):
+    patch.setattr("aecontrol.machine.over_areas", lambda *args: None)
+
+
+def _areas_are_charged_their_part_of_the_pixels_rounded_down(patch):
+    patch.setattr("aecontrol.areas.REACH_NM", -0.5)
+
+
+def _damage_settles_at_twice_what_was_reserved(patch):
+    honest = Harm._charge
+
+    def twice(self, record):
+        charge = honest(self, record)
+        return charge._replace(damage=2.0 * self.reserve(record.region, record.bound))
+
+    patch.setattr(Harm, "_charge", twice)
+
+
 def _no_deduplication(patch):
-    patch.setattr("aecontrol.machine.candidate_index", lambda state, region: -1)
+    patch.setattr("aecontrol.state.candidate_index", lambda state, region: -1)
     patch.setattr("drivers.instrument.on_cancel", lambda ledger, key: None)
 
 
@@ -201,6 +275,11 @@ def _tiles_forget_the_reference_region(patch):
     patch.setattr(TileMap, "add", lambda m, r, e: m if (r.fov_nm, r.shape) == again else add(m, r, e))
 
 
+OF_AREAS = (
+    _no_limits_of_areas,
+    _areas_are_charged_their_part_of_the_pixels_rounded_down,
+    _damage_settles_at_twice_what_was_reserved,
+)
 OF_DRIFT = (_drift_scans_cost_nothing, _tiles_forget_the_reference_region)
 
 
@@ -208,6 +287,7 @@ OF_DRIFT = (_drift_scans_cost_nothing, _tiles_forget_the_reference_region)
     "mutate",
     [
         *OF_DRIFT,
+        *OF_AREAS,
         _charge_nothing_for_indet,
         _fire_before_firing_is_written,
         _fresh_key_after_a_crash,
@@ -225,8 +305,17 @@ def test_each_deliberate_defect_is_caught(mutate):
         for _ in range(300):
             schedule = {int(n) for n in random.integers(1, 160, int(random.integers(0, 7)))}
             budget = Budget(electrons=int(random.integers(60_000, 400_000)), peak_fluence_e_per_A2=1000.0)
+            more: dict = {"drifting": mutate in OF_DRIFT}
+            if mutate in OF_AREAS:
+                budget = Budget(electrons=500_000, peak_fluence_e_per_A2=1e6, damage=4.0)
+                center = (float(random.integers(6)) + 0.5, float(random.integers(4)) + 0.5)
+                limit = int(random.choice([0, random.integers(100_000)]))
+                area = AreaPlan(name="dear", center_nm=center, fov_nm=(1.0, 1.0), electrons=limit)
+                more = {"areas": (area,), "damage": SACRIFICED}
             try:
-                survive(int(random.integers(2**32)), schedule, budget, Budget(), drifting=mutate in OF_DRIFT)
+                survive(int(random.integers(2**32)), schedule, budget, Budget(), **more)
+            except BadInput:
+                continue
             except (AssertionError, AecontrolError, KeyError):
                 return
     pytest.fail("300 schedules did not notice the defect")

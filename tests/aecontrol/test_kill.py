@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from aecontrol.exposure import LedgerRecord
+from aecontrol.folding import fold
 from aecontrol.journal import read_journal
-from aecontrol.machine import fold
 from aecontrol.session import read_events
 
 SHORT = Path(__file__).parents[2] / "configs" / "short.toml"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aecontrol.errors import BadInput, InstrumentFault, StorageFault
-from aecontrol.machine import fold
+from aecontrol.folding import fold
 from aecontrol.protocols import FrameData
 from aecontrol.session import Session, quality_flags, read_events
 from aecontrol.types import Budget, ScanRegion

@@ -6,7 +6,7 @@ import pytest
 
 from aecontrol.exposure import LedgerRecord
 from aecontrol.journal import Journal
-from aecontrol.machine import State
+from aecontrol.state import State
 from aecontrol.types import Charge
 from aecontrol.verify import compare_ledgers
 

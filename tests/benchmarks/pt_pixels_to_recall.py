@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from aecontrol.config import parse
-from aecontrol.machine import State
 from aecontrol.scoring import recall_curve, spent_at_recall
 from aecontrol.session import Session
+from aecontrol.state import State
 from aecontrol.toml_file import read_toml
 
 ROOT = Path(__file__).parents[2]

@@ -146,11 +146,13 @@ def test_truth_and_ideal_images_arrive_as_they_are(served, number):
     assert truth.electrons_delivered == meter(link)
     assert truth.targets.shape == (len(truth.labels), 2)
     assert len(truth.atoms) > 500
+    assert len(truth.sites) > len(truth.atoms)
     assert truth_from(link.ask(AskTruth(target="unicorn"), 5.0).message, ()) is None
     here = build_part("backend", {"kind": "simulated", "specimen": {"kind": "mos2", "size_nm": [6.0, 6.0]}}, "backend")
     reply = link.ask(AskNoiseless(region=a_region()), 5.0)
     before = here.open(None, 3).truth("vacancy")
     assert np.array_equal(truth.targets, before.targets)
+    assert np.array_equal(truth.sites, before.sites)
     assert ideal_from(reply.message, reply.parts)["HAADF"].shape == (64, 64)
 
 

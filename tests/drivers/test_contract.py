@@ -67,6 +67,9 @@ class TestOpenBeam(MicroscopeContract):
         assert truth.electrons_delivered == outcome.measured.electrons <= bound.electrons
         assert 0 < len(truth.changes) == atoms - len(truth.atoms)
         assert {change.kind for change in truth.changes} == {"removed"}
+        assert all(np.array_equal(truth.sites[change.site, :2], change.position_nm) for change in truth.changes)
+        assert {truth.sites[change.site, 2] for change in truth.changes} == {16.0}
+        assert (truth.sites[:, 2] > 0).sum() == atoms
         frame = microscope.fetch(a_key("a"))
         assert set(frame.channels) == {"HAADF", "BF"}
         dwell = region.pixels * region.dwell_time_s

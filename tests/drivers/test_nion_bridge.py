@@ -18,8 +18,8 @@ import pytest
 from aecontrol.dose import bound_charge
 from aecontrol.errors import InstrumentFault
 from aecontrol.exposure import LedgerRecord, Outcome
+from aecontrol.folding import fold
 from aecontrol.journal import read_journal
-from aecontrol.machine import fold
 from aecontrol.protocols import FrameData
 from aecontrol.session import quality_flags, read_events
 from aecontrol.types import ScanRegion

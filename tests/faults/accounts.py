@@ -11,9 +11,11 @@ from pathlib import Path
 from aecontrol.errors import AecontrolError
 from aecontrol.exposure import KeyRecord, Ledger, LedgerRecord
 from aecontrol.exposure.ledger import Entry, absorb
+from aecontrol.folding import fold
 from aecontrol.journal import read_journal
-from aecontrol.machine import State, fold
-from aecontrol.session import load_array, read_events
+from aecontrol.measuring import load_array
+from aecontrol.session import read_events
+from aecontrol.state import State
 from drivers.spool import Spool, spooled_channels
 
 from .metered import CAPABILITIES, Metered, read_meter

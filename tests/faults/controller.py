@@ -20,9 +20,9 @@ from aecontrol.errors import AecontrolError, BadInput, InstrumentFault, StorageF
 from aecontrol.exposure.client import Client
 from aecontrol.exposure.server import Peer
 from aecontrol.journal import Journal
-from aecontrol.machine import State
 from aecontrol.protocols import History
 from aecontrol.session import Session
+from aecontrol.state import State
 from aecontrol.types import Budget, Explanation, OverviewPlan, Scan, ScanPlan, ScanRegion, StopRules
 from drivers.faults import Crash
 from drivers.remote import RemoteMicroscope

@@ -21,7 +21,7 @@ from aecontrol.exposure import messages as m
 from aecontrol.exposure.client import Client
 from aecontrol.exposure.ledger import Entry
 from aecontrol.exposure.server import Append, Fire, Off, Send, Server
-from aecontrol.machine import apply
+from aecontrol.folding import apply
 from aecontrol.session import Effects
 from aecontrol.types import Charge
 
@@ -307,7 +307,7 @@ def key_in_flight_forgotten(patch):
         return after
 
     patch.setattr("aecontrol.session.apply", forget)
-    patch.setattr("aecontrol.machine.apply", forget)
+    patch.setattr("aecontrol.folding.apply", forget)
 
 
 @mutant

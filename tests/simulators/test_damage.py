@@ -8,7 +8,7 @@ from scipy.stats import binom, poisson
 from aecontrol.errors import BadInput
 from simulators.clocks import exit_surface
 from simulators.damage import KNOCK_ON, Damage, DamagedSpecimen
-from simulators.materials import Migration, preset
+from simulators.materials import Migration, Zone, preset
 from simulators.optics import Optics
 from simulators.specimens.base import assemble
 from simulators.specimens.sheets import Graphene, Mos2, SulphurVacancies
@@ -297,3 +297,38 @@ def test_removed_atoms_come_back_at_the_rate_of_healing_and_to_their_places():
     again = body.expose(scattered(3000, 0), 6e3, np.full(3000, 25.0))
     once = {event.atom for event in gone}
     assert {event.atom for event in again} & once == {event.atom for event in back}
+
+
+def test_a_zone_moves_thresholds_and_nothing_else():
+    """Sites in a zone break at its factor times the fluence; all others, and everything drawn, stay bit for bit."""
+    zone = Zone(center_nm=(1.0, 2.0), fov_nm=(2.0, 4.2), factor=0.125)
+    zoned = RADIOLYTIC.model_copy(update={"zones": (zone, Zone(center_nm=(9.0, 9.0), fov_nm=(1.0, 1.0), factor=3.0))})
+    points, electrons = scattered(4000, 3), np.full(4000, 30.0)
+    plain, with_zones, cut = (DamagedSpecimen(small_mos2(), m, OPTICS, 5) for m in (RADIOLYTIC, zoned, zoned))
+    keys = ("atom", "point", "fluence_e_per_A2")
+    before = {e.atom: e for e in history(plain, points, electrons, 1)}
+    after = history(with_zones, points, electrons, 1)
+    assert history(cut, points, electrons, 50) == after
+    inside = zone.covers(0.1 * small_mos2().positions_A[:, :2])
+    broken = {e.atom: e for e in after}
+    assert {a: [getattr(e, k) for k in keys] for a, e in broken.items() if not inside[a]} == {
+        a: [getattr(e, k) for k in keys] for a, e in before.items() if not inside[a]
+    }
+    both = [a for a in before if a in broken and inside[a]]
+    assert len(both) > 20
+    assert all(broken[a].fluence_e_per_A2 == 0.125 * before[a].fluence_e_per_A2 for a in both)
+    assert sum(map(bool, inside[list(broken)])) > sum(map(bool, inside[list(before)]))
+
+
+def test_a_unit_breaks_at_once_across_the_edge_of_a_zone():
+    sheet = units_of_mos2()
+    everything = Damage(critical_fluence_e_per_A2={"S": 100.0, "Mo": 100.0}, excitation_barn={})
+    zone = Zone(center_nm=(1.1, 2.0), fov_nm=(2.2, 8.0), factor=0.1)
+    body = DamagedSpecimen(sheet, everything.model_copy(update={"zones": (zone,)}), OPTICS, 1)
+    events = body.expose(scattered(1500, 4), 100.0)
+    split = [
+        u for u in np.unique(sheet.unit) if len(set(zone.covers(0.1 * sheet.positions_A[sheet.unit == u, :2]))) == 2
+    ]
+    points = {u: {e.point for e in events if sheet.unit[e.atom] == u} for u in split}
+    assert sum(len(found) == 1 for found in points.values()) > 5
+    assert all(len(found) <= 1 for found in points.values())

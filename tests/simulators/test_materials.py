@@ -1,11 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from aecontrol.errors import BadInput
 from simulators.cross_sections import BARN_A2
-from simulators.materials import PRESETS, Damage, Migration, assumptions, preset
+from simulators.materials import PRESETS, Damage, Migration, Zone, assumptions, preset
 
 
 def test_only_s_of_mos2_and_c_of_graphene_can_leave_at_the_defaults():
@@ -106,3 +107,14 @@ def test_assumptions_of_a_specimen_name_its_elements_only_and_those_that_are_spa
     assert any(line.startswith("S: displacement threshold") for line in lines)
     assert not any(line.startswith("C") for line in lines)
     assert lines[-1] == "Mo: no damage is modelled"
+
+
+def test_zones_multiply_and_are_shown_as_assumed():
+    left, top = Zone(center_nm=(1, 5), fov_nm=(2, 10), factor=0.1), Zone(center_nm=(5, 1), fov_nm=(10, 2), factor=3.0)
+    damage = Damage(critical_fluence_e_per_A2={"S": 1e3}, zones=(left, top))
+    places = np.array([[1.0, 9.0], [9.0, 1.0], [1.0, 1.0], [9.0, 9.0]])
+    assert damage.sensitivity(places) == pytest.approx([0.1, 3.0, 0.3, 1.0])
+    assert "critical fluence in 2 x 10 nm about (1, 5) nm over that elsewhere 0.1 [A]" in assumptions(damage)
+    assert not any("elsewhere" in line for line in assumptions(Damage(critical_fluence_e_per_A2={"S": 1e3})))
+    with pytest.raises(ValidationError):
+        Zone(center_nm=(1, 5), fov_nm=(2, 10), factor=0.0)

@@ -42,12 +42,14 @@ FEWEST, MOST = 4, 12
 
 @dataclass(frozen=True)
 class Meter:
-    """A metric with all that makes its scores comparable. ``version`` changes whenever the numbers may."""
+    """A metric with all that makes its scores comparable. ``version`` changes whenever the numbers may. ``gain_sd``:
+    standard deviation of the logarithm of score over damaged fraction; None for a metric that does not estimate it."""
 
     name: str
     metric: Metric
     version: str
     sha256: str = ""
+    gain_sd: float | None = None
 
     def read(
         self,

@@ -1,0 +1,164 @@
+"""What a session knows of damage and charges for it: exposures and measurements folded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from aecontrol.dose import bound_charge
+from aecontrol.events import DamageMeasured
+from aecontrol.exposure import KeyRecord
+from aecontrol.forecast import total
+from aecontrol.harm import Harm, reference_frame
+from aecontrol.response import Response
+from aecontrol.types import (
+    AreaPlan,
+    ArrayRef,
+    Budget,
+    Capabilities,
+    DamagePlan,
+    Plan,
+    ReferencePlan,
+    ScanPlan,
+    ScanRegion,
+)
+
+COLUMN = Capabilities(
+    identity="", simulated=True, unit="electrons", field_nm=(20.0, 16.0), channels=("HAADF",), beam_current_pA=10.0
+)
+PLACE = ReferencePlan(center_nm=(3.0, 3.0), phase="glass")
+DAMAGE = DamagePlan(references=(PLACE,), sites_per_nm2=1e9, critical_fluence_e_per_A2=2000.0)
+AREAS = (AreaPlan(name="soft", center_nm=(15.0, 8.0), fov_nm=(6.0, 6.0), phase="soft", damage=5.0),)
+PLAN = Plan(
+    scan=ScanPlan(fov_nm=(4.0, 4.0), shape=(40, 40), dwell_time_s=1e-5),
+    damage=DAMAGE,
+    areas=AREAS,
+    budget=Budget(electrons=10**9, damage=50.0),
+    match_nm=0.1,
+)
+TABLE = ArrayRef(path="frames/x.npy", shape=(36, 4), dtype="float64", sha256="0" * 64)
+
+
+def window(x=9.0, y=9.0, dwell_s=2e-6) -> ScanRegion:
+    return ScanRegion(center_nm=(x, y), fov_nm=(4.0, 4.0), shape=(40, 40), dwell_time_s=dwell_s)
+
+
+def response(hard=2000.0, soft=200.0, gain=1.0, tested=1e9) -> Response:
+    return Response(
+        phases=("glass", "soft"),
+        critical_fluence_e_per_A2=((hard,), (soft,)),
+        amplitude=(gain,),
+        tested_e_per_A2=(tested, tested),
+        patches=100,
+        method="given",
+    )
+
+
+def key(number: int, region: ScanRegion, state="POST", part=0.95) -> KeyRecord:
+    bound = bound_charge(region, COLUMN)
+    measured = bound.model_copy(update={"electrons": round(part * bound.electrons)}) if state == "POST" else None
+    return KeyRecord(
+        key=f"{number:064x}",
+        step=number,
+        attempt=0,
+        region=region,
+        bound=bound.model_copy(update={"damage": 7.0}),
+        state=state,
+        measured=measured,
+    )
+
+
+def settled(*records: KeyRecord, believed: Response | None = None) -> tuple[Harm, dict[str, KeyRecord]]:
+    harm = Harm.of(PLAN, COLUMN)
+    assert harm is not None
+    harm = replace(harm, response=believed or response())
+    for record in records:
+        harm = harm.settled(record)
+    return harm, {record.key: record for record in records}
+
+
+def seen(later: KeyRecord, first: KeyRecord, mean: float, sd=0.01) -> DamageMeasured:
+    return DamageMeasured(key=later.key, first=first.key, metric="m", scores=TABLE, mean=mean, sd=sd)
+
+
+def test_what_was_settled_adds_up_to_the_damage_of_the_whole_map():
+    records = [key(1, window()), key(2, window(11.0)), key(3, window(15.0, 8.0)), key(4, window(15.0, 8.0))]
+    harm, _ = settled(*records)
+    whole = total(DAMAGE, harm.response, harm.ground, harm.fluence).expected
+    assert harm.total.damage == pytest.approx(whole)
+    assert harm.total.basis == "model"
+    assert 0.7 * whole < harm.total.by_area[0] < whole  # most of it in the soft area
+    assert harm.exceeds(0.99 * whole) == 1.0
+    assert harm.exceeds(1.01 * whole) == 0.0
+
+
+def test_what_never_fired_harms_nothing_and_what_nobody_knows_is_charged_as_reserved():
+    harm, _ = settled(key(1, window(), "VOID"))
+    assert harm.total.damage == 0.0
+    assert not harm.fluence.any()
+    harm, _ = settled(key(1, window(), "INDET"))
+    assert harm.total.damage == 7.0
+    assert harm.fluence.any()
+
+
+def test_the_reserve_covers_the_settlement_and_a_soft_phase_costs_more():
+    harm, _ = settled()
+    for x, y in ((9.0, 9.0), (15.0, 8.0)):
+        record = key(1, window(x, y))
+        reserved = harm.reserve(record.region, record.bound)
+        assert reserved >= harm.settled(record).total.damage
+    hard, soft = (harm.reserve(window(*at), key(1, window()).bound) for at in ((9.0, 12.0), (15.0, 8.0)))
+    assert soft > 4.0 * hard
+    assert harm.reserve_by_area(window(4.0, 12.0), key(1, window()).bound)[0] < 0.02 * soft  # tails
+    assert harm.intact(window()) == 1.0
+    after = harm.settled(key(1, window()))
+    assert after.intact(window()) < 0.96
+    assert after.intact(window(3.0, 12.0)) > 0.999
+
+
+def test_a_new_response_values_everything_anew():
+    records = [key(1, window()), key(2, window(15.0, 8.0))]
+    harm, keys = settled(*records)
+    believed = response(hard=500.0, soft=50.0)
+    again = harm.refitted(believed, 0, keys)
+    assert again.total.damage == pytest.approx(settled(*records, believed=believed)[0].total.damage)
+    assert again.total.damage > 1.3 * harm.total.damage
+    assert np.array_equal(again.fluence, harm.fluence)
+
+
+def test_more_damage_than_foretold_is_charged_and_less_is_not_paid_back():
+    records = [key(1, window()), key(2, window())]
+    harm, keys = settled(*records)
+    place = np.array([[9.0, 9.0]])
+    evidence = harm.evidence(seen(records[1], records[0], 0.1), np.array([[*place[0], 0.1, 0.01]]), keys)
+    once = records[0].charge.electrons / 1600.0
+    assert evidence.first == pytest.approx([0.5 * once])
+    assert evidence.later == pytest.approx([1.5 * once])
+    foretold = np.exp(-0.5 * once / 2000.0) - np.exp(-1.5 * once / 2000.0)
+    same = harm.measured(seen(records[1], records[0], foretold), keys)
+    less = harm.measured(seen(records[1], records[0], foretold - 0.02), keys)
+    more = harm.measured(seen(records[1], records[0], foretold + 0.02), keys)
+    assert same.total.damage == pytest.approx(harm.total.damage)
+    assert less.total.damage == pytest.approx(harm.total.damage)
+    assert more.total.damage == pytest.approx(harm.total.damage + 0.02 * 16.0, rel=0.02)
+    assert more.total.basis == "measured"
+    gained = settled(*records, believed=response(gain=0.5))[0].measured(
+        seen(records[1], records[0], 0.5 * foretold + 0.02), keys
+    )
+    assert gained.total.damage == pytest.approx(harm.total.damage + 0.04 * 16.0, rel=0.02)
+
+
+def test_a_measurement_that_contradicts_the_forecast_raises_the_alarm():
+    frame = reference_frame(DAMAGE, PLACE)
+    records = [key(1, frame), key(2, frame)]
+    harm, keys = settled(*records)
+    once = records[0].charge.electrons / 900.0
+    foretold = float(np.exp(-0.5 * once / 2000.0) - np.exp(-1.5 * once / 2000.0))
+    assert not harm.measured(seen(records[1], records[0], foretold + 0.03), keys).alarm
+    warm = harm.measured(seen(records[1], records[0], foretold + 0.08), keys)
+    assert "temperature" in warm.alarm
+    untaught = replace(harm, response=response().model_copy(update={"method": "prior"}))
+    assert not untaught.measured(seen(records[1], records[0], 1.0), keys).alarm
+    assert harm.total.damage < 0.6  # a sacrificed place: only tails count

@@ -1,0 +1,135 @@
+"""What a window is worth: charges, dead patches, dwell times and sizes, with answers known beforehand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from policies.bayes import Bayes
+from policies.contract import PolicyContract, history, several_kinds, windows
+from policies.worth import Looks, learn_threshold, shown, unseen
+
+
+class TestBayesPerDamage(PolicyContract):
+    policy = Bayes(cost="damage")
+    cases = 6
+
+
+GRID = windows(4, 6)
+X = np.array([region.center_nm[0] for region in GRID])
+RICH = [float(value) for value in 4.0 + X / 10.0]
+"""Overview evidence that grows slowly to the right."""
+SOFT = np.where(X > 15.0, 10.0, 1.0).tolist()
+"""Damage charged: ten times as much in the right half."""
+SCANNED = [0, 9, 14, 23]
+
+
+def choice(policy, overview=RICH, **of_damage):
+    view = history(GRID, SCANNED, [overview[i] for i in SCANNED], overview, **of_damage)
+    return policy.decide(view, GRID, 0).explanation
+
+
+def test_per_damage_the_hardy_half_comes_first():
+    """Targets are a quarter denser where the beam does ten times the harm."""
+    assert X[choice(Bayes(), damage=SOFT).candidate] > 15.0
+    assert X[choice(Bayes(cost="electrons"), damage=SOFT).candidate] > 15.0
+    thrifty = choice(Bayes(cost="damage"), damage=SOFT)
+    assert X[thrifty.candidate] < 15.0
+    assert "charge 1 nm^2 of damage" in thrifty.why
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e6])
+def test_the_unit_of_the_charge_does_not_matter(unit):
+    scaled = [unit * damage for damage in SOFT]
+    assert choice(Bayes(cost="damage"), damage=scaled).candidate == choice(Bayes(cost="damage"), damage=SOFT).candidate
+
+
+def test_what_is_free_is_not_worth_everything():
+    """A window that costs nothing, where nothing is expected."""
+    overview = [1e-6 if i == 5 else 5.0 for i in range(24)]
+    damage = [0.0 if i == 5 else 1.0 for i in range(24)]
+    few = history(GRID, [], [], overview, damage=damage)
+    assert Bayes(cost="damage").decide(few, GRID, 0).explanation.candidate != 5
+
+
+def test_expected_improvement_cools():
+    """The hardy half while the budget is full; where the single best one is, when it is nearly spent."""
+    policy = Bayes(acquisition="logei", cost="damage")
+    damage = [value**2 for value in SOFT]
+    assert X[choice(policy, damage=damage, left=1.0).candidate] < 15.0
+    assert X[choice(policy, damage=damage, left=0.01).candidate] > 15.0
+
+
+@pytest.mark.parametrize("policy", [Bayes(), Bayes(acquisition="logei"), Bayes(cost="damage"), Bayes(cost="electrons")])
+def test_nobody_parks_on_dead_patches(policy):
+    """The right half is dead: to scan it again costs next to no damage, and shows nothing."""
+    dead = np.where(X > 15.0, 1e-3, 1.0).tolist()
+    damage = np.where(X > 15.0, 1e-2, 1.0).tolist()
+    assert X[choice(policy, damage=damage).candidate] > 15.0
+    assert X[choice(policy, damage=damage, validity=dead).candidate] < 15.0
+    for values in (-10.0, 0.0):  # not even where little is expected anywhere
+        overview = [values] * 24
+        assert X[choice(policy, overview, damage=damage, validity=dead).candidate] < 15.0
+
+
+# ---------------------------------------------------------------- several kinds of windows
+
+KINDS = several_kinds()  # 16 short windows, the same 16 four times as long, 4 large ones with a short dwell
+
+
+def test_what_is_left_to_see():
+    """Scanned at length: nothing is left for any window on that place, and a large one has three quarters to go.
+    Scanned in short: only what more electrons show."""
+    looks = Looks.of(KINDS, KINDS[0])
+    assert np.allclose(looks.exposure, np.repeat([1.0, 4.0, 1.0], [16, 16, 4]))
+    assert np.allclose(looks.area, np.repeat([1.0, 4.0], [32, 4]))
+    left = unseen(KINDS, looks, history(KINDS, [16], [3.0], None), 2.0)
+    assert left[[0, 1, 16, 17]] == pytest.approx([0.0, 1.0, 0.0, 1.0])
+    assert left[32:] == pytest.approx([0.75, 1.0, 1.0, 1.0])
+    short, long = shown(np.array([1.0, 4.0]), 2.0)
+    left = unseen(KINDS, looks, history(KINDS, [0], [3.0], None), 2.0)
+    assert left[16] == pytest.approx((long - short) / long)
+    assert unseen(KINDS, looks, history(KINDS, [0], [None], None), 2.0).min() == 1.0
+
+
+def seen_by(threshold: float, scans: list[int], random: np.random.Generator) -> list[float]:
+    """How many of some 20 targets on 25 nm^2, drawn anew for each place, a scan shows."""
+    looks = Looks.of(KINDS, KINDS[0])
+    there = random.poisson(20.0 * looks.area[scans])
+    return [float(n) for n in random.binomial(there, shown(looks.exposure[scans], threshold))]
+
+
+@pytest.mark.parametrize("true", [0.4, 1.0, 3.0])
+def test_the_exposure_that_shows_targets_is_learned(true):
+    """Within a factor of 1.5 on average over fields, from 12 sub-scans of two dwell times."""
+    from policies.surrogate import Design
+
+    scans = [0, 2, 5, 7, 8, 10, 17, 19, 20, 22, 29, 31]
+    places = np.array([KINDS[i].center_nm for i in scans]) / 20.0
+    learned = []
+    for seed in range(8):
+        values = np.array(seen_by(true, scans, np.random.default_rng(seed)))
+        looks = Looks.of([KINDS[i] for i in scans], KINDS[0])
+        design = Design(places, np.zeros((len(scans), 0)))
+        learned.append(np.log(learn_threshold(design, values, values, looks, np.array([0.25, 0.25]))))
+    assert abs(np.mean(learned) - np.log(true)) < np.log(1.5)
+
+
+@pytest.mark.parametrize(("true", "long"), [(0.4, False), (4.0, True)])
+def test_electrons_go_where_the_signal_needs_them(true, long):
+    """Per electron: short scans where they show all, long ones where short ones show next to nothing."""
+    scans = [0, 3, 5, 10, 12, 17, 22, 24, 29, 31]
+    policy = Bayes(cost="electrons")
+    taken = []
+    for seed in range(4):
+        view = history(KINDS[:32], scans, seen_by(true, scans, np.random.default_rng(seed)), None)
+        taken.append(policy.decide(view, KINDS[:32], 0).explanation.candidate >= 16)
+    assert sum(taken) >= 3 if long else sum(taken) <= 1
+
+
+def test_a_place_is_not_scanned_twice_for_what_is_known():
+    """Ten scans of 16 places: the next one goes to a new place, whichever its kind."""
+    scans = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    view = history(KINDS, scans, seen_by(0.5, scans, np.random.default_rng(0)), None)
+    chosen = Bayes(cost="electrons").decide(view, KINDS, 0).explanation.candidate
+    assert chosen % 16 >= 10 if chosen < 32 else chosen in (34, 35)
