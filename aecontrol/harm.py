@@ -179,11 +179,16 @@ class Harm:
         return HarmCharge(self._forecast(record.region, electrons).expected, "model", areas)
 
     def _foretold(self, event: DamageMeasured, keys: Keys) -> tuple[float, float]:
-        """Mean score that the response expects of a comparison, and its standard deviation: of the response, and of
-        what all patches of a pair of frames share."""
+        """Mean score that the response expects of a comparison, and its standard deviation: of the response, of what
+        all patches of a pair of frames share, and of the finite number of sites."""
         phase, first, later = self.middle(event, keys)
         draws = self.response.score(np.array([phase]), np.array([first]), np.array([later]))
-        return float(draws.mean()), math.hypot(float(draws.std()), self.response.diagnostics.get("shared_sd", 0.0))
+        gain = float(np.mean(self.response.amplitude))
+        share = min(max(float(draws.mean()) / gain, 0.0), 1.0)
+        sites = self.plan.sites_per_nm2 * keys[event.key].region.area_nm2
+        chance = gain * math.sqrt(share * (1.0 - share) / sites)
+        shared = self.response.diagnostics.get("shared_sd", 0.0)
+        return float(draws.mean()), math.hypot(float(draws.std()), shared, chance)
 
     def _contradiction(self, event: DamageMeasured, keys: Keys) -> str:
         """Why a measurement cannot be what the response foretold; empty when it can."""

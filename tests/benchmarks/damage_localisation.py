@@ -58,7 +58,7 @@ Table = dict[str, dict[str, Floats]]
 
 def of_pairs(metric: Callable[[Pair], Floats]) -> Metric:
     """A metric of pairs as one of two frames."""
-    return lambda first, later: metric(Pair(first, later, np.ones(first.shape, dtype=bool)))
+    return lambda first, later: metric(Pair.of(first, later, np.ones(first.shape, dtype=bool)))
 
 
 def smoothed(metric: Metric) -> Metric:

@@ -133,3 +133,15 @@ def test_a_place_is_not_scanned_twice_for_what_is_known():
     view = history(KINDS, scans, seen_by(0.5, scans, np.random.default_rng(0)), None)
     chosen = Bayes(cost="electrons").decide(view, KINDS, 0).explanation.candidate
     assert chosen % 16 >= 10 if chosen < 32 else chosen in (34, 35)
+
+
+def test_a_session_ends_when_nothing_is_left_to_see():
+    """Every place was scanned at length: the short windows are feasible, and worth nothing. Not so one kind alone."""
+    scans = list(range(16, 32))
+    view = history(KINDS, scans, [3.0] * 16, None)
+    decision = Bayes(cost="electrons").decide(view, KINDS, 0)
+    assert decision.kind == "stop"
+    assert "none would show anything" in decision.reason
+    alike = KINDS[:16]
+    view = history(alike, list(range(15)), [0.0] * 15, None)
+    assert Bayes(cost="electrons").decide(view, alike, 0).explanation.candidate == 15

@@ -15,6 +15,8 @@ from .reading import PATCH_PX, per_patch
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
+WHOLE = 0.85
+"""Share of a patch's pixels that both frames must show; the others count as undamaged."""
 KERNEL_PX = 7
 WIDTH_PX = 1.2
 """Width of the Gaussian whose derivatives the kernel is made of."""
@@ -69,8 +71,8 @@ class Pair:
 
     @cached_property
     def whole(self) -> Bools:
-        """The patches [rows, cols] that both frames show wholly."""
-        return np.asarray(per_patch(self.valid).all(axis=(2, 3)))
+        """The patches [rows, cols] that both frames show, but for a narrow rim."""
+        return np.asarray(per_patch(self.valid).mean(axis=(2, 3)) >= WHOLE)
 
     @cached_property
     def kernel(self) -> Kernel:

@@ -18,10 +18,10 @@ from aecontrol.drift import measure_shift
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-MOST_MISFIT = 1.0
+MOST_MISFIT = 3.0
 """Structure that only one frame shows over what both show. Damage makes it large; beyond this little is left to lay one
 frame over the other by."""
-RIM_PX = 4
+RIM_PX = 2
 """Pixels at the border of the overlap that resampling leaves inexact."""
 PAD_PX = 16
 """Mirrored pixels around a frame while it is resampled, so that its opposite edges do not meet."""
