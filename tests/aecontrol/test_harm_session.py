@@ -20,8 +20,8 @@ DAMAGE = DamagePlan(
     metric="glr",
     references=(ReferencePlan(center_nm=(1.2, 1.2)),),
     fov_nm=(2.0, 2.0),
-    shape=(60, 60),
-    dwell_time_s=2.5e-6,
+    shape=(80, 80),
+    dwell_time_s=1.4e-6,
     exposures=3,
     every=2,
     alarm=1e-9,  # with so few sites chance is large
@@ -117,12 +117,12 @@ def test_a_budget_of_damage_ends_the_session_and_is_kept(tmp_path):
 
 
 def test_a_warmer_specimen_than_the_references_were_pauses_the_session(tmp_path):
-    column = FrailColumn(critical=6e4)
+    column = FrailColumn(critical=1e9)
     session = Session.create(configuration(TAME, column, BUDGET, damage=DAMAGE), tmp_path / "s")
 
     def warm(state, event):
         if event.kind == "perceived" and len(state.scans) == 1:
-            column.critical = 2e3
+            column.critical = 8e3
 
     state = session.run(warm)
     session.close()
