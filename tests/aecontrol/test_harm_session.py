@@ -128,11 +128,11 @@ def test_a_warmer_specimen_than_the_references_were_pauses_the_session(tmp_path)
     session.close()
     assert state.phase == "paused"
     assert "temperature" in state.paused
+    fitted = state.harm.fitted
     session = Session.reopen(tmp_path / "s", configuration(TAME, column, BUDGET, damage=DAMAGE))
     state = session.run()
     session.close()
-    assert state.stopped.cause == "rule"
-    assert state.harm.fitted == len(state.harm.usable)  # a person has looked: what was measured is learned from
+    assert state.harm.fitted > fitted  # a person has looked: what was measured is learned from
 
 
 @pytest.mark.parametrize(
