@@ -28,6 +28,8 @@ PAD_PX = 16
 JITTER_PX = 0.2
 """Rows are laid on each other one by one from this standard deviation on; below it little is gained."""
 LARGEST_JITTER_PX = 3.0
+LEAST_GAIN = 4.0
+"""Twice the logarithm of the likelihood ratio from which rows are said to jitter at all."""
 ROWS_ALIKE = 3.0
 """Jitter changes from row to row; atoms reach over about this many."""
 ROW_SMOOTHING_PX = 1.5
@@ -148,10 +150,13 @@ def _row_shifts(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Flo
 
 
 def _spread(shift: Floats, sigma: Floats) -> float:
-    """Standard deviation of normal shifts that were measured with errors ``sigma``, by maximum likelihood."""
+    """Standard deviation of normal shifts that were measured with errors ``sigma``, by maximum likelihood; 0 where that
+    explains them about as well."""
     tried = np.linspace(0.0, LARGEST_JITTER_PX, 121)
     variance = tried[:, None] ** 2 + sigma**2 + 1e-12
-    return float(tried[np.argmin((np.log(variance) + shift**2 / variance).sum(axis=1))])
+    loss = (np.log(variance) + shift**2 / variance).sum(axis=1)
+    best = int(np.argmin(loss))
+    return float(tried[best]) if loss[0] - loss[best] > LEAST_GAIN else 0.0
 
 
 def _along_rows(frame: Floats, shift: Floats) -> Floats:
