@@ -104,7 +104,7 @@ def register(
     shift = measure_shift(ours, theirs, pixel_size_nm, limit_nm, MOST_MISFIT)
     if not shift.accepted:
         return Registration.none(shift.reason)
-    at = (dx + shift.dx_nm / pixel_size_nm[0], dy + shift.dy_nm / pixel_size_nm[1])
+    at = (float(dx + shift.dx_nm / pixel_size_nm[0]), float(dy + shift.dy_nm / pixel_size_nm[1]))
     still = np.zeros(rows)
     whole = Registration(at, shift.sigma_nm / min(pixel_size_nm), still, still)
     found, left = _jitter(first, whole.apply(later), whole.valid(first.shape))
