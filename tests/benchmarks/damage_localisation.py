@@ -1,7 +1,7 @@
 """Which metric finds the patches whose atoms the beam removed or displaced, and how well.
 
-    python tests/benchmarks/damage_localisation.py [--seeds 100 101 102 103 104] [--conditions WORD...] [--csv FILE]
-        [--meters NAME...] [--weights FILE] [--patchwise]
+    python -m tests.benchmarks.damage_localisation [--seeds 100 101 102 103 104] [--conditions WORD...]
+        [--metrics WORD...] [--meters NAME...] [--series] [--patchwise] [--weights FILE] [--csv FILE]
 
 Frames of 400 x 400 pixels of 0.025 nm: 400 patches, three lattices, pairs from the simulator's own renderer (see
 ``damage_frames``). A patch counts as damaged from 5 % of its matter on, as undamaged when no atom in it or within
@@ -31,10 +31,14 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from aecontrol.errors import BadInput
+from aecontrol.perception.damage.classical import pooled
+from aecontrol.perception.damage.features import NAMED, FeatureSettings, build_metric
 from aecontrol.perception.damage.learned import LearnedDamage
 from aecontrol.perception.damage.meter import METRICS, build_meter
 from aecontrol.perception.damage.pair import Pair
 from aecontrol.perception.damage.siamese import standardised
+from tests.benchmarks.damage_backbones import AS_PUBLISHED, CENTRED, EARLY
 from tests.benchmarks.damage_frames import PATCH, PIXEL_NM, SPECIMENS, Condition, Frames, frames, series
 
 DAMAGED = 0.05
@@ -61,18 +65,27 @@ def of_pairs(metric: Callable[[Pair], Floats]) -> Metric:
     return lambda first, later: metric(Pair.of(first, later, np.ones(first.shape, dtype=bool)))
 
 
-def smoothed(metric: Metric) -> Metric:
-    """Averaged over 3 x 3 patches, binomially."""
-
-    def pooled(first: Floats, later: Floats) -> Floats:
-        out = metric(first, later)
-        for axis in (0, 1):
-            rim = np.pad(out, [(1, 1) if k == axis else (0, 0) for k in (0, 1)], mode="edge")
-            parts = [np.take(rim, range(k, k + out.shape[axis]), axis) for k in range(3)]
-            out = 0.25 * parts[0] + 0.5 * parts[1] + 0.25 * parts[2]
-        return out
-
-    return pooled
+def compared(weights: Path | None, words: list[str]) -> dict[str, Metric]:
+    """Every metric that can be asked for by name, backbones as they are usually used, and ours also averaged over 3 x 3
+    patches; of these, those whose names hold one of ``words``."""
+    metrics: dict[str, Metric] = {}
+    for name in (*METRICS, *NAMED, "learned"):
+        try:
+            meter = build_meter(name, "cpu", weights if name == "learned" else None)
+        except BadInput as error:
+            print(f"left out: {name}: {error}")
+            continue
+        metrics[name] = of_pairs(meter.metric)
+        if name == "learned":
+            metrics["learned-pooled"] = of_pairs(pooled(meter.metric))
+    for kind in ("imagenet", "random-control"):
+        for what, how in (("native", AS_PUBLISHED), ("early, whitened", EARLY), ("centred", CENTRED)):
+            settings = FeatureSettings(backbone="efficientnet_lite0", weights=kind, dense=True, **how)
+            try:
+                metrics[f"efficientnet, {kind}, {what}"] = build_metric(settings)
+            except BadInput as error:
+                print(f"left out: efficientnet, {kind}, {what}: {error}")
+    return {name: metric for name, metric in metrics.items() if any(word in name for word in words)}
 
 
 def patchwise(learned: LearnedDamage) -> Metric:
@@ -189,30 +202,27 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104])
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), help="those whose names hold a word")
     parser.add_argument("--meters", nargs="*", default=[])
-    parser.add_argument("--metrics", nargs="+", help="only these")
+    parser.add_argument("--metrics", nargs="+", default=[""], help="those whose names hold a word")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--patchwise", action="store_true")
     parser.add_argument("--series", action="store_true")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
-    learned = LearnedDamage(options.weights)
-    metrics: dict[str, Metric] = {name: of_pairs(metric) for name, metric in METRICS.items()}
-    metrics["learned"] = of_pairs(learned)
+    torch.set_num_threads(1)
+    metrics = compared(options.weights, options.metrics)
     if options.patchwise:
-        metrics["learned, patch by patch"] = patchwise(learned)
-    metrics |= {f"{name}, 3 x 3": smoothed(metric) for name, metric in metrics.items()}
-    metrics = {n: m for n, m in metrics.items() if not options.metrics or n in options.metrics}
+        metrics["learned, patch by patch"] = patchwise(LearnedDamage(options.weights))
     chosen = {t: c for t, c in CONDITIONS.items() if any(word in t for word in options.conditions)}
     rows: list[list[object]] = [["condition", "metric", "AUC", "any", "AP", "rank", "found", "behind"]]
     tables = {}
     for title, condition in chosen.items():
         tables[title] = measured(metrics, condition, options.seeds)
         show(title, tables[title], rows)
-    pooled = {
+    overall = {
         measure: {name: np.stack([t[measure][name] for t in tables.values()]) for name in metrics}
         for measure in next(iter(tables.values()))
     }
-    show("mean of all conditions", pooled, rows)
+    show("mean of all conditions", overall, rows)
     show_seeds(tables, options.seeds)
     if options.series:
         dose_series(metrics, options.seeds)
