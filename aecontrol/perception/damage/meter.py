@@ -13,7 +13,7 @@ from aecontrol.errors import BadInput
 
 from . import classical
 from .classical import Metric
-from .null import drawn_null, measured_null
+from .null import null_of, repeats_of
 from .pair import Pair, in_counts
 from .reading import PATCH_PX, DamageReading, refused
 from .register import Registration, register
@@ -38,6 +38,8 @@ REPEATS = 4000
 """Undamaged patches that a null rests on at least, where few draws show as many."""
 FEWEST, MOST = 4, 12
 """Draws of the null, whatever the size of the frame."""
+MOST_RESIDUAL_PX = 0.3
+"""Frames that registration may have left further apart than this are not compared."""
 
 
 @dataclass(frozen=True)
@@ -57,26 +59,20 @@ class Meter:
         later: Pixels,
         pixel_size_nm: tuple[float, float],
         limit_nm: float,
-        repeats: Sequence[tuple[Pixels, Pixels]] = (),
+        expected_px: tuple[int, int] = (0, 0),
     ) -> DamageReading:
         """Compare ``later`` with ``first`` [rows, cols], both with pixels of ``pixel_size_nm`` (fast, slow), shifted by
-        at most ``limit_nm``. ``repeats``: pairs of frames of the same place and doses that are known to be undamaged
-        (halves of one visit, say); with none, repeats are drawn. Frames that nothing may be concluded from give a
-        reading that says why. Deterministic."""
-        if reason := _unusable(first, later):
-            return refused(first.shape, self.name, self.sha256, reason)
-        pair, found = registered(first, later, pixel_size_nm, limit_nm)
-        if not found.reason and not pair.whole.any():
-            found = Registration(found.shift_px, found.sigma_px, found.rows_px, found.jitter_px, NO_OVERLAP)
-        if found.reason:
-            return refused(first.shape, self.name, self.sha256, found.reason)
-        halves = [registered(a, b, pixel_size_nm, limit_nm) for a, b in repeats]
-        if measured := [half for half, of in halves if not of.reason]:
-            null = measured_null(pair, measured, self.metric)
-        else:
-            draws = int(np.clip(np.ceil(REPEATS / pair.whole.sum()), FEWEST, MOST))
-            null = drawn_null(pair, found, self.metric, draws)
-        score = self.metric(pair)
+        at most ``limit_nm`` from ``expected_px`` (dx, dy). Frames that nothing may be concluded from give a reading
+        that says why. Deterministic."""
+        comparison = compare(first, later, pixel_size_nm, limit_nm, expected_px)
+        return self.judge(comparison, drawn_repeats(comparison))
+
+    def judge(self, comparison: Comparison, repeats: Sequence[Pair]) -> DamageReading:
+        """The reading of registered frames against undamaged ``repeats`` of them, drawn or measured."""
+        pair, found = comparison.pair, comparison.registration
+        if pair is None:
+            return refused(comparison.shape, self.name, self.sha256, found.reason)
+        score, null = self.metric(pair), null_of(pair, repeats, self.metric)
         return DamageReading(
             score=np.where(pair.whole, score - null.mean, np.nan),
             sd=np.where(pair.whole, null.sd, np.nan),
@@ -90,19 +86,46 @@ class Meter:
         )
 
 
-NO_OVERLAP = "no patch lies in both frames"
+@dataclass(frozen=True)
+class Comparison:
+    """Two frames of ``shape``, the later one laid over the first: ``pair`` is None where ``registration`` says why
+    not."""
+
+    shape: tuple[int, ...]
+    registration: Registration
+    pair: Pair | None = None
 
 
-def registered(
-    first: Pixels, later: Pixels, pixel_size_nm: tuple[float, float], limit_nm: float
-) -> tuple[Pair, Registration]:
-    """Two frames in counts, the later one laid over the first; where the registration gives a reason not to, as they
-    lay."""
+def compare(
+    first: Pixels,
+    later: Pixels,
+    pixel_size_nm: tuple[float, float],
+    limit_nm: float,
+    expected_px: tuple[int, int] = (0, 0),
+) -> Comparison:
+    """Bring two frames [rows, cols] to counts and lay the later one over the first; see :meth:`Meter.read`."""
+    if reason := _unusable(first, later):
+        return Comparison(first.shape, Registration.none(reason))
     a, b = in_counts(first), in_counts(later)
-    found = register(a, b, pixel_size_nm, limit_nm)
+    found = register(a, b, pixel_size_nm, limit_nm, expected_px)
+    if not found.reason and found.residual_px > MOST_RESIDUAL_PX:
+        found = Registration.none(
+            f"registration may be off by {found.residual_px:.2f} px, more than {MOST_RESIDUAL_PX:g}"
+        )
     if found.reason:
-        return Pair.of(a, b, np.ones(a.shape, dtype=bool)), found
-    return Pair.of(a, found.apply(b), found.valid(a.shape)), found
+        return Comparison(first.shape, found)
+    pair = Pair.of(a, found.apply(b), found.valid(a.shape))
+    if not pair.whole.any():
+        return Comparison(first.shape, Registration.none("no patch lies in both frames"))
+    return Comparison(first.shape, found, pair)
+
+
+def drawn_repeats(comparison: Comparison) -> Sequence[Pair]:
+    """Undamaged repeats of a comparison: as many as a null needs; none where there is nothing to repeat."""
+    if comparison.pair is None:
+        return ()
+    draws = int(np.clip(np.ceil(REPEATS / comparison.pair.whole.sum()), FEWEST, MOST))
+    return repeats_of(comparison.pair, comparison.registration, draws)
 
 
 def build_meter(name: str, device: str, weights: Path | None = None) -> Meter:

@@ -48,18 +48,29 @@ class Null:
         return np.asarray(np.where(z > start, TAIL * np.exp(-np.maximum(z - start, 0.0) / scale), counted))
 
 
-def drawn_null(pair: Pair, registration: Registration, metric: Metric, draws: int, seed: int = 0) -> Null:
-    """The null of ``metric`` for ``pair`` from ``draws`` repeats. Deterministic."""
+def repeats_of(pair: Pair, registration: Registration, draws: int, seed: int = 0) -> list[Pair]:
+    """``draws`` undamaged repeats of ``pair``. Deterministic."""
     random = np.random.default_rng(seed)
     truth = denoised(pair.first)
-    scores = [metric(_repeat(pair, registration, truth, random)) for _ in range(draws)]
-    return _smooth_null(np.stack(scores), pair)
+    return [_repeat(pair, registration, truth, random) for _ in range(draws)]
 
 
-def measured_null(pair: Pair, repeats: Sequence[Pair], metric: Metric) -> Null:
-    """The null of ``metric`` for ``pair`` from measured pairs that are known to be undamaged, of the same place and
-    doses: the two halves of one visit, say."""
-    return _smooth_null(np.stack([metric(repeat) for repeat in repeats]), pair)
+def null_of(pair: Pair, repeats: Sequence[Pair], metric: Metric) -> Null:
+    """The null of ``metric`` for ``pair`` from undamaged ``repeats`` of it, drawn, or measured at the same place and
+    doses (the two halves of one visit, say): mean and spread of the scores as functions of what patches show."""
+    scores = np.stack([metric(repeat) for repeat in repeats])
+    content = _content(pair)
+    inside = pair.whole
+    some, of = scores[:, inside], np.broadcast_to(content[inside], (len(scores), *content[inside].shape))
+    basis = of.reshape(-1, content.shape[-1])
+    weights = np.linalg.lstsq(basis, some.ravel(), rcond=None)[0]
+    mean = content @ weights
+    off = (some - mean[inside]) ** 2
+    floor = 1e-3 * float(off.mean()) + 1e-300
+    trend = np.linalg.lstsq(basis, np.log(off.ravel() + floor), rcond=None)[0]
+    sd = np.exp(0.5 * np.clip(content @ trend, np.log(floor), None))
+    sd *= np.sqrt(float((off / sd[inside] ** 2).mean()))
+    return Null(mean, sd, np.sort(((some - mean[inside]) / sd[inside]).ravel()))
 
 
 def denoised(frame: Floats) -> Floats:
@@ -88,22 +99,6 @@ def _repeat(pair: Pair, registration: Registration, truth: Floats, random: np.ra
     seen = random.poisson(np.maximum(registration.undo(expected), 0.0)).astype(np.float64)
     first = random.poisson(truth).astype(np.float64)
     return Pair.of(first, registration.redo(seen), pair.valid)
-
-
-def _smooth_null(scores: Floats, pair: Pair) -> Null:
-    """Mean and spread of ``scores`` [draws, rows, cols] as functions of what patches show."""
-    content = _content(pair)
-    inside = pair.whole
-    some, of = scores[:, inside], np.broadcast_to(content[inside], (len(scores), *content[inside].shape))
-    basis = of.reshape(-1, content.shape[-1])
-    weights = np.linalg.lstsq(basis, some.ravel(), rcond=None)[0]
-    mean = content @ weights
-    off = (some - mean[inside]) ** 2
-    floor = 1e-3 * float(off.mean()) + 1e-300
-    trend = np.linalg.lstsq(basis, np.log(off.ravel() + floor), rcond=None)[0]
-    sd = np.exp(0.5 * np.clip(content @ trend, np.log(floor), None))
-    sd *= np.sqrt(float((off / sd[inside] ** 2).mean()))
-    return Null(mean, sd, np.sort(((some - mean[inside]) / sd[inside]).ravel()))
 
 
 def _content(pair: Pair) -> Floats:

@@ -30,8 +30,8 @@ ALIKE = 4.0
 """Patches with a misfit of less than this are then taken in; without damage it has mean 0 and variance 2."""
 ROUNDS = 4
 PLAUSIBLE, UNLIKELY = 0.2, 0.05
-"""Between fits that patches agree on about as well, a dose that differs less from that of the whole frames is chosen, and
-a smaller constant: both in units of a fifth of the level, their squares counting this much."""
+"""Between fits that patches agree on about as well, a dose that differs less from that of the whole frames is chosen,
+and a smaller constant: both in units of a fifth of the level, their squares counting this much."""
 PRIOR_SD = 0.5
 """Standard deviation that every part of the kernel is expected to have about a mere change of dose."""
 REGULAR_PATCHES = 8

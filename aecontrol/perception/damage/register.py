@@ -28,6 +28,8 @@ PAD_PX = 16
 JITTER_PX = 0.2
 """Rows are laid on each other one by one from this standard deviation on; below it little is gained."""
 LARGEST_JITTER_PX = 3.0
+LEAST_GAIN = 4.0
+"""Twice the logarithm of the likelihood ratio from which rows are said to jitter at all."""
 ROWS_ALIKE = 3.0
 """Jitter changes from row to row; atoms reach over about this many."""
 ROW_SMOOTHING_PX = 1.5
@@ -45,6 +47,11 @@ class Registration:
     rows_px: Floats
     jitter_px: Floats
     reason: str = ""
+
+    @classmethod
+    def none(cls, reason: str) -> Registration:
+        """That of frames that cannot be laid over each other."""
+        return cls((0.0, 0.0), np.inf, np.zeros(0), np.zeros(0), reason)
 
     @property
     def residual_px(self) -> float:
@@ -80,17 +87,28 @@ class Registration:
         return seen
 
 
-def register(first: Floats, later: Floats, pixel_size_nm: tuple[float, float], limit_nm: float) -> Registration:
-    """Lay ``later`` [rows, cols] over ``first``, both in counts, within ``limit_nm`` of where it is."""
-    shift = measure_shift(first, later, pixel_size_nm, limit_nm, MOST_MISFIT)
-    still = np.zeros(len(first))
+def register(
+    first: Floats,
+    later: Floats,
+    pixel_size_nm: tuple[float, float],
+    limit_nm: float,
+    expected_px: tuple[int, int] = (0, 0),
+) -> Registration:
+    """Lay ``later`` [rows, cols] over ``first``, both in counts, within ``limit_nm`` of ``expected_px`` (dx, dy)."""
+    dx, dy = expected_px
+    rows, cols = first.shape
+    if abs(dy) >= rows or abs(dx) >= cols:
+        return Registration.none(f"a shift of {expected_px} px leaves no overlap")
+    ours = first[max(0, -dy) : rows - max(0, dy), max(0, -dx) : cols - max(0, dx)]
+    theirs = later[max(0, dy) : rows + min(0, dy), max(0, dx) : cols + min(0, dx)]
+    shift = measure_shift(ours, theirs, pixel_size_nm, limit_nm, MOST_MISFIT)
     if not shift.accepted:
-        return Registration((0.0, 0.0), np.inf, still, still, shift.reason)
-    at = (shift.dx_nm / pixel_size_nm[0], shift.dy_nm / pixel_size_nm[1])
+        return Registration.none(shift.reason)
+    at = (float(dx + shift.dx_nm / pixel_size_nm[0]), float(dy + shift.dy_nm / pixel_size_nm[1]))
+    still = np.zeros(rows)
     whole = Registration(at, shift.sigma_nm / min(pixel_size_nm), still, still)
-    valid = whole.valid(first.shape)
-    rows, left = _jitter(first, whole.apply(later), valid)
-    return Registration(at, whole.sigma_px, rows, left)
+    found, left = _jitter(first, whole.apply(later), whole.valid(first.shape))
+    return Registration(at, whole.sigma_px, found, left)
 
 
 def _jitter(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Floats]:
@@ -132,10 +150,13 @@ def _row_shifts(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Flo
 
 
 def _spread(shift: Floats, sigma: Floats) -> float:
-    """Standard deviation of normal shifts that were measured with errors ``sigma``, by maximum likelihood."""
+    """Standard deviation of normal shifts that were measured with errors ``sigma``, by maximum likelihood; 0 where that
+    explains them about as well."""
     tried = np.linspace(0.0, LARGEST_JITTER_PX, 121)
     variance = tried[:, None] ** 2 + sigma**2 + 1e-12
-    return float(tried[np.argmin((np.log(variance) + shift**2 / variance).sum(axis=1))])
+    loss = (np.log(variance) + shift**2 / variance).sum(axis=1)
+    best = int(np.argmin(loss))
+    return float(tried[best]) if loss[0] - loss[best] > LEAST_GAIN else 0.0
 
 
 def _along_rows(frame: Floats, shift: Floats) -> Floats:
