@@ -32,7 +32,7 @@ from aecontrol.session import Session
 from aecontrol.true_damage import true_damage
 
 FIRST_SEED = 1000
-ELECTRONS = 800_000_000
+ELECTRONS = 350_000_000
 """Budget of the session that counts electrons: about as much damage as the other one may do."""
 CONTROL_E_PER_A2 = 2.0e5
 """Critical fluence everywhere in the control."""
