@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from aecontrol.commands import MeasureDamage, MeasureDrift
 from aecontrol.drift import measure_shift
 from aecontrol.durable import load_npy, npy_bytes, sha256_hex, write_durable
-from aecontrol.errors import StorageFault
+from aecontrol.errors import BadInput, StorageFault
 from aecontrol.events import DamageMeasured, DriftMeasured, ResponseFitted
 from aecontrol.state import State
 from aecontrol.types import ArrayRef, Frame, Plan, ScanRegion
@@ -123,7 +123,10 @@ def measure_damage(folder: Path, command: MeasureDamage, state: State, meter: Me
     if first is None or command.first_frame is None:
         return nothing.model_copy(update={"reason": "the first frame of its place"})
     before, after = _image(folder, command.first_frame), _image(folder, frame)
-    reading = meter.read(before, after, frame.region.pixel_size_nm, state.plan.damage.limit_nm)
+    try:
+        reading = meter.read(before, after, frame.region.pixel_size_nm, state.plan.damage.limit_nm)
+    except BadInput as error:  # frames that this metric cannot compare
+        return nothing.model_copy(update={"reason": error.what})
     if reading.reason or reading.valid.sum() < LEAST_PATCHES:
         few = f"{int(reading.valid.sum())} patches can be compared, {LEAST_PATCHES} are needed"
         return nothing.model_copy(update={"reason": reading.reason or few})

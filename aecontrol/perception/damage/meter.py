@@ -139,6 +139,6 @@ def _unusable(first: Pixels, later: Pixels) -> str:
         return f"{first.shape[0]} x {first.shape[1]} pixels hold no patch of {PATCH_PX}"
     if not (np.isfinite(first).all() and np.isfinite(later).all()):
         return "a frame has pixels that are not numbers"
-    if not (np.ptp(first) > 0 and np.ptp(later) > 0):
+    if any(float(np.ptp(frame.astype(np.float64))) == 0.0 for frame in (first, later)):
         return "a frame has no contrast"
     return ""

@@ -29,6 +29,9 @@ STARTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 ALIKE = 4.0
 """Patches with a misfit of less than this are then taken in; without damage it has mean 0 and variance 2."""
 ROUNDS = 4
+PLAUSIBLE, UNLIKELY = 0.2, 0.05
+"""Between fits that patches agree on about as well, a dose that differs less from that of the whole frames is chosen, and
+a smaller constant: both in units of a fifth of the level, their squares counting this much."""
 PRIOR_SD = 0.5
 """Standard deviation that every part of the kernel is expected to have about a mere change of dose."""
 REGULAR_PATCHES = 8
@@ -168,7 +171,9 @@ class _Fit:
         for _ in range(2):
             misfit = self.misfit(solution)
             solution = self.among(misfit <= max(float(np.quantile(misfit, CORE)), ALIKE))
-        return float(np.minimum(self.misfit(solution), ALIKE).mean()), solution
+        level = float(self.spread.mean()) / (1.0 + self.ratio)
+        odd = (solution[0] / (PLAUSIBLE * self.ratio)) ** 2 + (solution[-1] / (PLAUSIBLE * level)) ** 2
+        return float(np.minimum(self.misfit(solution), ALIKE).mean() + UNLIKELY * odd), solution
 
     def among(self, keep: Bools) -> Floats:
         """The coefficients that fit the patches ``keep`` best, about the prior that all are 0."""

@@ -28,6 +28,8 @@ PAD_PX = 16
 JITTER_PX = 0.2
 """Rows are laid on each other one by one from this standard deviation on; below it little is gained."""
 LARGEST_JITTER_PX = 3.0
+ROWS_ALIKE = 3.0
+"""Jitter changes from row to row; atoms reach over about this many."""
 ROW_SMOOTHING_PX = 1.5
 """Smoothing of the slope that tells a row's shift."""
 
@@ -92,19 +94,21 @@ def register(first: Floats, later: Floats, pixel_size_nm: tuple[float, float], l
 
 
 def _jitter(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Floats]:
-    """Shift [rows] of every row beyond the whole one, and the standard deviation [rows] of what is not known of it. No
-    shift where the rows hardly jitter."""
-    at, found = np.zeros(len(first)), np.zeros(len(first))
-    spread = 0.0
+    """Shift [rows] of every row beyond that of its neighbours, and the standard deviation [rows] of what is not known
+    of it. No shift where the rows hardly jitter. What moves several rows alike may be atoms, and is left."""
+    from scipy.ndimage import gaussian_filter1d
+
+    at, left = np.zeros(len(first)), np.zeros(len(first))
     for _ in range(3):  # a large shift is found in steps, for each is taken as small
         step, sigma = _row_shifts(first, _along_rows(later, at), valid)
         found = at + step
+        found -= gaussian_filter1d(found, ROWS_ALIKE)
         spread = _spread(found, sigma)
         if spread <= JITTER_PX:
             return np.zeros(len(first)), np.full(len(first), spread)
         known = spread**2 / (spread**2 + sigma**2)  # of a normal prior and a normal error
-        at = np.clip(known * found, -LARGEST_JITTER_PX, LARGEST_JITTER_PX)
-    return at, np.sqrt(known) * sigma
+        at, left = np.clip(known * found, -LARGEST_JITTER_PX, LARGEST_JITTER_PX), np.sqrt(known) * sigma
+    return at, left
 
 
 def _row_shifts(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Floats]:
