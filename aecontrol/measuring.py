@@ -147,12 +147,20 @@ def measure_damage(folder: Path, command: MeasureDamage, state: State, meter: Me
 
 
 def meter_of(plan: Plan, device: str) -> Meter | None:
-    """The meter that a plan asks for, ready; None where damage is not measured. Raises BadInput."""
+    """The meter that a plan asks for, ready; None where damage is not measured. Raises BadInput, also for a metric that
+    does not estimate the damaged fraction: what it shows is no damage in nm^2 until everything is broken."""
     if plan.damage is None:
         return None
     from aecontrol.perception.damage.meter import build_meter
+    from aecontrol.perception.device import resolve
 
-    return build_meter(plan.damage.metric, device)
+    meter = build_meter(plan.damage.metric, resolve(device))
+    if meter.gain_sd is None:
+        raise BadInput(
+            f"damage.metric = {plan.damage.metric!r} tells where damage is, not how much",
+            "charge by the metric 'learned'; `aecontrol damage` compares them all on the stored frames",
+        )
+    return meter
 
 
 def fit(folder: Path, state: State, meter: Meter) -> ResponseFitted:

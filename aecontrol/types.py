@@ -346,7 +346,7 @@ class DamagePlan(Model):
     that the response of each phase is fitted, and from the response what an exposure would harm.
     """
 
-    metric: str = Field("learned", description="how frames are compared: 'learned', 'glr', ...")
+    metric: str = Field("learned", description="how frames are compared; it must estimate the damaged fraction")
     references: tuple[ReferencePlan, ...] = Field((), description="sacrificed places; none: the prior is all there is")
     fov_nm: tuple[Side, Side] = Field((3.0, 3.0), description="width and height of a reference place, nm")
     shape: tuple[PositiveInt, PositiveInt] = Field((120, 120), description="(rows, columns) of its frames")

@@ -52,7 +52,7 @@ class Failpoints:
 
 
 SACRIFICED = DamagePlan(
-    metric="glr",
+    metric="learned",
     references=(ReferencePlan(center_nm=(0.7, 3.2)),),
     fov_nm=(1.0, 1.0),
     shape=(80, 80),

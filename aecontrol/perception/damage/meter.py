@@ -20,6 +20,8 @@ from .register import Registration, register
 
 Pixels = NDArray[np.generic]
 
+GAIN_SD = 0.3
+"""Of the learned metric: what ``tests/benchmarks/damage_gain.py`` found on lattices that training never saw, rounded up."""
 METRICS: dict[str, Metric] = {
     "glr": classical.likelihood_ratio,
     "glr-pooled": classical.pooled(classical.likelihood_ratio),
@@ -139,7 +141,7 @@ def build_meter(name: str, device: str, weights: Path | None = None) -> Meter:
         from .learned import LearnedDamage
 
         learned = LearnedDamage(weights, device)
-        return Meter(name, learned, f"{VERSION} {learned.sha256[:16]}", learned.sha256)
+        return Meter(name, learned, f"{VERSION} {learned.sha256[:16]}", learned.sha256, GAIN_SD)
     from .features import NAMED, build_metric
 
     if name not in NAMED:
