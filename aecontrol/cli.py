@@ -171,6 +171,31 @@ def find(
 
 
 @app.command()
+def damage(
+    series: Annotated[list[Path], typer.Argument(metavar="SERIES...", help="a stack, a folder of images, or images")],
+    pixel_size_nm: Annotated[float | None, typer.Option(help="side of a pixel, nm; overrides the file's")] = None,
+    dose_per_frame: Annotated[float | None, typer.Option(help="fluence of one frame, e/A^2")] = None,
+    metric: Annotated[str, typer.Option(help="learned, glr, ssim, psnr, resnet18, ...: see the docs")] = "learned",
+    channel: Annotated[str | None, typer.Option(help="which image of a file that holds several")] = None,
+    limit_nm: Annotated[float | None, typer.Option(help="farthest that a frame moves from one to the next")] = None,
+    weights: Annotated[Path | None, typer.Option(help="other weights than the shipped or installed ones")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for maps, tables and figures; default SERIES_damage")] = None,
+    device: Device = "auto",
+    json_out: Json = False,
+) -> None:
+    """How much, and where, the frames of a series differ from its first one by damage; and what that may say."""
+    from aecontrol.damage_request import Request
+    from aecontrol.damage_series import judge, summary_lines
+    from aecontrol.registry import validate
+
+    asked = {"pixel_size_nm": pixel_size_nm, "dose_per_frame": dose_per_frame, "metric": metric, "channel": channel}
+    request = validate(Request, {**asked, "limit_nm": limit_nm, "weights": weights}, "damage")
+    with _bar("comparing", json_out) as progress:
+        result = judge(series, request, out, _torch_device(device, os.cpu_count() or 1), progress)
+    print(json.dumps(result["contract"]) if json_out else "\n".join(summary_lines(result)))
+
+
+@app.command()
 def simulate(
     config: Annotated[Path, typer.Argument(help="a simulation's TOML file; see configs/simulate_*.toml")],
     out: Annotated[Path, typer.Option(help="file to write: .npz, or .hspy with the extra 'files'")],
@@ -316,6 +341,19 @@ def train_regions_command(
 ) -> None:
     """Train the finder of particles, grain boundaries and domain walls on simulated scenes."""
     from aecontrol.perception.learn_regions import train_from_toml
+
+    _train(partial(train_from_toml, config), out, device, json_out)
+
+
+@train_app.command("damage")
+def train_damage_command(
+    config: Annotated[Path, typer.Argument(help="a training TOML file; see configs/train_damage.toml")],
+    out: Annotated[Path, typer.Option(help="folder for weights and model card")] = Path("weights"),
+    device: Device = "auto",
+    json_out: Json = False,
+) -> None:
+    """Train the learned damage metric on simulated pairs of frames."""
+    from aecontrol.perception.damage.learn_damage import train_from_toml
 
     _train(partial(train_from_toml, config), out, device, json_out)
 

@@ -49,11 +49,16 @@ class Shift:
 
 
 def measure_shift(
-    reference: NDArray[np.generic], image: NDArray[np.generic], pixel_size_nm: tuple[float, float], limit_nm: float
+    reference: NDArray[np.generic],
+    image: NDArray[np.generic],
+    pixel_size_nm: tuple[float, float],
+    limit_nm: float,
+    most_misfit: float = MOST_MISFIT,
 ) -> Shift:
     """The shift of ``image`` [rows, cols] against ``reference`` of the same shape, with pixels of ``pixel_size_nm``
-    (fast, slow), where it is at most ``limit_nm``. Nothing is raised for bad images: a refusal is an answer. Does not
-    block; the same images give the same answer."""
+    (fast, slow), where it is at most ``limit_nm``. Images that show different things, by more than ``most_misfit``,
+    are refused. Nothing is raised for bad images: a refusal is an answer. Does not block; the same images give the same
+    answer."""
     a, b = np.asarray(reference, np.float64), np.asarray(image, np.float64)
     reach = (math.ceil(REACH * limit_nm / pixel_size_nm[1]) + 1, math.ceil(REACH * limit_nm / pixel_size_nm[0]) + 1)
     if reason := _unusable(a, b, reach):
@@ -65,7 +70,7 @@ def measure_shift(
     best = _summit(match.fit, peak)
     dx, dy = (float(best[1]) - reach[1]) * pixel_size_nm[0], (float(best[0]) - reach[0]) * pixel_size_nm[1]
     sigma_px = match.sigma_px(best)
-    quality, reason = _judge(match, peak, distance, limit_nm)
+    quality, reason = _judge(match, peak, distance, limit_nm, most_misfit)
     if not reason and math.hypot(dx, dy) > limit_nm - 0.5 * min(pixel_size_nm):
         reason = f"the best place lies at the edge of the {limit_nm:g} nm that are searched"
     if not reason and not max(sigma_px) < 0.5:
@@ -172,7 +177,9 @@ class _Match:
         return result[0], result[1]
 
 
-def _judge(match: _Match, peak: tuple[int, int], distance: Floats, limit_nm: float) -> tuple[float, str]:
+def _judge(
+    match: _Match, peak: tuple[int, int], distance: Floats, limit_nm: float, most_misfit: float
+) -> tuple[float, str]:
     """Quality of the best place and why it must not be believed (or nothing)."""
     best = _summit(match.fit, peak)
     others = [place for place in _maxima(match.fit) if place != peak]
@@ -182,7 +189,7 @@ def _judge(match: _Match, peak: tuple[int, int], distance: Floats, limit_nm: flo
     quality = max(match.stands_out(peak), 0.0)
     if quality < LEAST_QUALITY:
         return quality, f"the images hardly correlate ({quality:.1f} standard deviations of noise)"
-    if (misfit := match.misfit(best)) > MOST_MISFIT:
+    if (misfit := match.misfit(best)) > most_misfit:
         return quality, f"the images show different things ({misfit:.2f} of what they share)"
     for rival in [place for place in others if distance[place] <= limit_nm][:RIVALS]:
         lead = match.lead(best, _summit(match.fit, rival))

@@ -10,7 +10,7 @@ import math
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from aecontrol.errors import BadInput
 
 SIZE_LIMIT_BYTES = 2 * 1024**3
 _RATIO_LIMIT = 1000  # unpacked / packed; a noisy image packs to a half, a blank one to some hundredths
-_LABELS, _PIXEL_SIZE, _IMAGE = "xy_px", "pixel_size_nm", "image"
+_LABELS, _PIXEL_SIZE, _IMAGE, _MADE = "xy_px", "pixel_size_nm", "image", "metadata"
 _WIDEST_TABLE = 8  # columns; a 2-D array as narrow as this is a table of positions, not an image
 _NM = {"nm": 1.0, "n_m": 1.0, "nanometer": 1.0, "å": 0.1, "a": 0.1, "angstrom": 0.1, "pm": 1e-3}
 _NM |= {"um": 1e3, "µm": 1e3, "μm": 1e3, "micron": 1e3, "mm": 1e6, "m": 1e9}
@@ -51,7 +51,28 @@ def read_image(path: str | Path, key: str | None = None, frame: int | None = Non
     RosettaSciIO reads, ``key`` being the signal's title or its number. Raises BadInput when the file is missing,
     damaged, too large, ambiguous, or holds no finite two-dimensional image.
     """
+    picture = _stored(Path(path), key)
+    return replace(picture, array=_checked(picture.array, Path(path).name, frame))
+
+
+def read_stack(path: str | Path, key: str | None = None) -> Picture:
+    """The frames [frames, rows, cols] in ``path``, a single image being a stack of one; ``key`` as for
+    :func:`read_image`, or in an archive the only stack but for what was simulated without noise. Raises BadInput."""
     path = Path(path)
+    if key is None and path.suffix.lower() == ".npz" and path.is_file():
+        key = _only_stack(path)
+    picture = _stored(path, key)
+    array = picture.array.reshape([n for n in picture.array.shape if n != 1])
+    frames = (
+        [_checked(frame, f"{path.name}, frame {k}", None) for k, frame in enumerate(array)]
+        if array.ndim == 3
+        else [_checked(array, path.name, None)]
+    )
+    return replace(picture, array=np.stack(frames))
+
+
+def _stored(path: Path, key: str | None) -> Picture:
+    """What a file holds, as it holds it."""
     if not path.is_file():
         raise BadInput(f"no file {str(path)!r}", "check the path; a folder is not an image")
     size = path.stat().st_size
@@ -70,7 +91,7 @@ def read_image(path: str | Path, key: str | None = None, frame: int | None = Non
             f"{path.name} could not be read: {type(error).__name__}: {error}",
             "the file is damaged or not what its name says",
         ) from error
-    return Picture(_checked(picture.array, path.name, frame), picture.pixel_size_nm, picture.labels, picture.metadata)
+    return picture
 
 
 def _checked(array: NDArray[np.generic], name: str, frame: int | None) -> NDArray[np.generic]:
@@ -130,6 +151,7 @@ def _read_npz(path: Path, key: str | None) -> Picture:
         image = _member(archive, members[chosen])
         scale = _member(archive, members[_PIXEL_SIZE]) if _PIXEL_SIZE in members else None
         labels = _member(archive, members[_LABELS]) if _LABELS in members else None
+        made = _member(archive, members[_MADE]) if _MADE in members else None
     if scale is not None and (scale.size not in (1, 2) or not np.isfinite(scale).all() or scale.min() <= 0):
         raise BadInput(
             f"{path.name}: {_PIXEL_SIZE} = {scale.tolist()}", "give one positive number of nm, or two (x, y)"
@@ -142,8 +164,34 @@ def _read_npz(path: Path, key: str | None) -> Picture:
         image,
         None if scale is None else _square(float(scale.flat[0]), float(scale.flat[-1])),
         None if labels is None else labels.astype(np.float64),
-        {"format": "npz", "key": chosen},
+        {"format": "npz", "key": chosen} | ({} if made is None or made.dtype.kind != "U" else {"made": str(made)}),
     )
+
+
+def _only_stack(path: Path) -> str | None:
+    """The stack of images in an archive, if it holds just one that was not simulated without noise."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            shapes = _shapes(archive, members)
+    except (ValueError, zipfile.BadZipFile):
+        return None  # which reading it will say
+    stacks = [name for name, shape in shapes.items() if len(shape) == 3 and shape[2] > _WIDEST_TABLE]
+    stacks = [name for name in stacks if not name.startswith("noiseless_")]
+    return stacks[0] if len(stacks) == 1 else None
+
+
+def _shapes(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> dict[str, tuple[int, ...]]:
+    """Shape of every array, without unpacking it."""
+    shapes = {}
+    for member, info in members.items():
+        with archive.open(info) as stream:
+            version = np.lib.format.read_magic(stream)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            shapes[member] = read_header(stream)[0]
+    return shapes
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
@@ -155,16 +203,8 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
 def _only_image(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], name: str) -> str:
     if _IMAGE in members:
         return _IMAGE
-    images = []
-    for member, info in members.items():
-        with archive.open(info) as stream:
-            version = np.lib.format.read_magic(stream)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            )
-            shape = read_header(stream)[0]
-        if len(shape) == 2 and shape[1] > _WIDEST_TABLE:
-            images.append(member)
+    shapes = _shapes(archive, members)
+    images = [member for member, shape in shapes.items() if len(shape) == 2 and shape[1] > _WIDEST_TABLE]
     if len(images) != 1:
         found = "no array that looks like an image" if not images else f"{len(images)} images"
         raise BadInput(f"{name} holds {found}", f"name one with `key` (--channel): {_listed(images or members)}")

@@ -132,14 +132,12 @@ class Harm:
             after = after._with_surplus(event, keys)
         return after
 
-    def evidence(self, event: DamageMeasured, scores: NDArray[np.float64], keys: Keys) -> Evidence:
-        """A comparison as the fit takes it; ``scores`` is the table that the event names."""
-        from aecontrol.perception.damage.reading import PATCH_PX
-
+    def evidence(self, event: DamageMeasured, scores: NDArray[np.float64], patch_nm2: float, keys: Keys) -> Evidence:
+        """A comparison as the fit takes it; ``scores`` is the table that the event names, of patches that large."""
         assert event.first is not None
         first, later = _fluences(scores[:, :2], event.first, event.key, keys)
         phase = int(np.bincount(self._phases(scores[:, :2])).argmax())
-        units = self.plan.sites_per_nm2 * math.prod(keys[event.key].region.pixel_size_nm) * PATCH_PX**2
+        units = self.plan.sites_per_nm2 * patch_nm2
         return Evidence(phase, first, later, scores[:, 2], scores[:, 3], event.first, units)
 
     def middle(self, event: DamageMeasured, keys: Keys) -> tuple[int, float, float]:
@@ -182,11 +180,16 @@ class Harm:
         return HarmCharge(self._forecast(record.region, electrons).expected, "model", areas)
 
     def _foretold(self, event: DamageMeasured, keys: Keys) -> tuple[float, float]:
-        """Mean score that the response expects of a comparison, and its standard deviation: of the response, and of
-        what all patches of a pair of frames share."""
+        """Mean score that the response expects of a comparison, and its standard deviation: of the response, of what
+        all patches of a pair of frames share, and of the finite number of sites."""
         phase, first, later = self.middle(event, keys)
         draws = self.response.score(np.array([phase]), np.array([first]), np.array([later]))
-        return float(draws.mean()), math.hypot(float(draws.std()), self.response.diagnostics.get("shared_sd", 0.0))
+        gain = float(np.mean(self.response.amplitude))
+        share = min(max(float(draws.mean()) / gain, 0.0), 1.0)
+        sites = self.plan.sites_per_nm2 * keys[event.key].region.area_nm2
+        chance = gain * math.sqrt(share * (1.0 - share) / sites)
+        shared = self.response.diagnostics.get("shared_sd", 0.0)
+        return float(draws.mean()), math.hypot(float(draws.std()), shared, chance)
 
     def _contradiction(self, event: DamageMeasured, keys: Keys) -> str:
         """Why a measurement cannot be what the response foretold; empty when it can."""

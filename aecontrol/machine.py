@@ -306,7 +306,8 @@ def _due_reference(state: State) -> ReferencePlan | None:
         return place
     since = 0
     for record in state.keys.values():
-        since = 0 if _is_reference(state, record.region) else since + (record.step > 0)
+        if record.state != "VOID":
+            since = 0 if _is_reference(state, record.region) else since + (record.step > 0)
     if not plan.every or since < plan.every:
         return None
     region = _now(state, reference_frame(plan, place))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Annotated
 
@@ -66,16 +66,10 @@ class Response(Model):
             raise ValueError("a response needs one critical fluence a phase and draw, and one amplitude a draw")
         return self
 
-    @cached_property
-    def _tables(self) -> tuple[Floats, NDArray[np.bool_]]:
-        """Critical fluences [draws, phases], and which phases are known to saturate [phases]."""
-        scale = np.array(self.critical_fluence_e_per_A2).T
-        return scale, np.median(scale, axis=0) < np.array(self.tested_e_per_A2)
-
     def damaged(self, phase: NDArray[np.int64], fluence: Floats) -> Floats:
         """Share of the matter that is damaged [draws, n] where ``phase`` [n] has received ``fluence`` [n] e/A^2: a
         straight line in F^k, cut at 1, for a phase whose critical fluence is not yet likely to have been passed."""
-        scale, saturates = self._tables
+        scale, saturates = _tables(self.critical_fluence_e_per_A2, self.tested_e_per_A2)
         x = (fluence / scale[:, phase]) ** self.exponent
         if saturates.all():  # the most common case by far, at half the cost
             return np.asarray(-np.expm1(-x))
@@ -83,10 +77,17 @@ class Response(Model):
 
     def score(self, phase: NDArray[np.int64], first: Floats, later: Floats) -> Floats:
         """What the metric is expected to show [draws, n] between two fluences, e/A^2 [n]."""
-        scale, _ = self._tables
+        scale, _ = _tables(self.critical_fluence_e_per_A2, self.tested_e_per_A2)
         change = np.exp(-((first / scale[:, phase]) ** self.exponent))
         change = change - np.exp(-((later / scale[:, phase]) ** self.exponent))
         return np.array(self.amplitude)[:, None] * change
+
+
+@lru_cache(maxsize=8)
+def _tables(critical: tuple[tuple[float, ...], ...], tested: tuple[float, ...]) -> tuple[Floats, NDArray[np.bool_]]:
+    """Critical fluences [draws, phases], and which phases are known to saturate [phases]."""
+    scale = np.array(critical).T
+    return scale, np.median(scale, axis=0) < np.array(tested)
 
 
 def prior(phases: tuple[str, ...], reference_e_per_A2: float, exponent: float) -> Response:

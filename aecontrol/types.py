@@ -377,6 +377,12 @@ class DamagePlan(Model):
         0.1, description="farthest that a later frame may lie from the first; on a lattice less than half its spacing"
     )
 
+    @model_validator(mode="after")
+    def _comparable(self) -> DamagePlan:
+        if min(self.shape) < 80:
+            raise ValueError(f"damage.shape {self.shape} must have at least 80 rows and columns, 4 patches a side")
+        return self
+
 
 class AreaPlan(Model):
     """A rectangle of the specimen with limits of its own: electrons = 0 protects it. What falls within 1 nm of it, or

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from aecontrol.protocols import History
-from aecontrol.types import Decision, Explanation, Model, NonNegative, PositiveInt, ScanRegion
+from aecontrol.types import Decision, Explanation, Model, NonNegative, PositiveInt, ScanRegion, Stop
 
 from .choosing import (
     MAP_LIMIT,
@@ -30,7 +30,7 @@ from .choosing import (
     sobol_choice,
 )
 from .improvement import log_expected_improvement
-from .worth import Cost, Looks, charged, learn_threshold, log_price, log_validity, per_window, unseen
+from .worth import Cost, Looks, charged, learn_threshold, log_legible, log_price, per_window, unseen
 
 if TYPE_CHECKING:
     from .surrogate import Design, Hyperparameters, Targets
@@ -62,7 +62,7 @@ class _Problem(NamedTuple):
 
 
 class _Terms(NamedTuple):
-    """What is weighed beside expected values: how closely windows look, the logarithm of validity over price [n], and
+    """What is weighed beside expected values: how closely windows look, the logarithm of legibility over price [n], and
     whether all that is the same for all windows."""
 
     looks: Looks
@@ -84,10 +84,11 @@ class Bayes(Model):
     """Gaussian process over window centres, with a prior mean learned from the overview's evidence.
 
     With a ``cost``, windows of several kinds or known damage, an acquisition is of what a window is still worth: what
-    it would show that no sub-scan has shown, times the share of its matter that is still whole, per unit charge.
+    it would show that no sub-scan has shown and that can still be told for damage, per unit charge.
     'ucb' is then the expected number of targets above 0, with the UCB as mean, over the charge: what collects the most
     from a budget. 'logei' cools: the less of the budget is left, the less the charge counts, for it is the best one
-    that is wanted in the end. Several kinds of windows need a target that is counted ('vacancy', 'atom_count').
+    that is wanted in the end. Where no window is worth anything any more it ends the session. Several kinds of windows
+    need a target that is counted ('vacancy', 'atom_count').
 
     Until ``n_initial`` sub-scans have a value it ranks by overview evidence (without one: scrambled Sobol). When the
     surrogate fails it takes the next rung, and says so in ``fallback``: default hyper-parameters with jitter, ranking
@@ -122,6 +123,8 @@ class Bayes(Model):
         if belief is None:
             return self._without_surrogate(history, candidates, allowed, terms, seed, "no surrogate", fallback)
         scores = self._scores(belief, terms)
+        if not terms.plain and not np.isfinite(scores[allowed]).any():
+            return _nothing_left(self.kind, allowed.size, known)
         absolute = terms.plain and self.acquisition != "logei"
         index = best_index(scores, allowed, belief.scale if absolute else 0.0)
         mean, sd = float(belief.mean[index]), float(belief.sd[index])
@@ -141,7 +144,7 @@ class Bayes(Model):
             policy=self.kind,
             why=why,
             candidate=index,
-            acquisition=significant(float(scores[index])) if np.isfinite(scores[index]) else None,
+            acquisition=significant(float(scores[index])),
             mean=significant(mean),
             sd=significant(sd),
             fallback=fallback,
@@ -156,7 +159,7 @@ class Bayes(Model):
         looks = Looks.of(candidates, candidates[0])
         price = log_price(history, self.cost, cools=self.acquisition == "logei")
         plain = self.cost == "none" and looks.alike and not history.validity
-        return _Terms(looks, log_validity(history, candidates) - price, plain)
+        return _Terms(looks, log_legible(history, candidates) - price, plain)
 
     def _scores(self, belief: _Belief, terms: _Terms) -> Floats:
         """Acquisition of every window [n], larger is better; its logarithm where more than expected values count."""
@@ -273,6 +276,12 @@ def _log_evidence(cheap: Floats) -> Floats:
     known = np.isfinite(cheap)
     least = 1e-6 * max(float(np.abs(cheap[known]).max()), np.finfo(np.float64).tiny)
     return np.where(known, _log(np.maximum(np.where(known, cheap, 0.0), least)), -np.inf)
+
+
+def _nothing_left(kind: str, feasible: int, known: int) -> Stop:
+    """The decision to end, where every feasible window would only show what is known, or matter that is dead."""
+    why = f"{feasible} feasible windows, but none would show anything that {known} sub-scans have not"
+    return Stop(reason=why, explanation=Explanation(policy=kind, why=why))
 
 
 def _fit_size(n: int) -> int:

@@ -61,7 +61,7 @@ class DamageScenes(Model):
     size_px: PositiveInt = Field(160, multiple_of=PATCH_PX, description="rows and columns of a frame")
     pixel_nm: tuple[float, float] = Field((0.013, 0.045), description="smallest and largest pixel, nm")
     counts: tuple[float, float] = Field((3.0, 300.0), description="range of the brightest pixels' expected counts")
-    damaged: bool = Field(True, description="False: no frame is damaged")
+    clean: bool = Field(False, description="damage is all that differs between the frames")
 
     def render(self, seed: int, index: int) -> DamagePair:
         """Pair ``index`` of stream ``seed``; the same numbers give the same pair in any process. Cannot fail."""
@@ -69,7 +69,7 @@ class DamageScenes(Model):
         pixel = log_uniform(rng, *self.pixel_nm)
         side = self.size_px * pixel
         pieces = _pieces(rng, _crystal(rng, side))
-        hit = rng.random(len(pieces.weight)) < (_chance(rng, pieces, side) if self.damaged else 0.0)
+        hit = rng.random(len(pieces.weight)) < _chance(rng, pieces, side)
         first, later = self._images(rng, pieces, _afterwards(rng, pieces, hit), pixel)
         return DamagePair(first, later, damaged_fraction(pieces, hit, self.size_px, pixel))
 
@@ -82,6 +82,11 @@ class DamageScenes(Model):
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Expected counts of both frames, with all that differs between them besides damage."""
         n, variant = self.size_px, int(rng.integers(LENSES))
+        if self.clean:
+            still = np.zeros((2, n))
+            same = [paint(_together(c), 1.0, *_probe(variant, 0), n, pixel, still)[0] for c in (before, after)]
+            dose = self.counts[1] / max(float(np.quantile(same[0], 0.999)), 1e-9)
+            return (dose * same[0]).astype(np.float32), (dose * same[1]).astype(np.float32)
         focus = int(rng.integers(1, REFOCUSED + 1)) if rng.random() < 0.7 else 0
         probes = [_probe(variant, 0), _probe(variant, focus)]
         if rng.random() < 0.5:
@@ -181,7 +186,7 @@ def _together(pieces: Columns) -> Columns:
 
 
 def _chance(rng: np.random.Generator, pieces: Columns, side: float) -> Floats:
-    """The chance of each piece to be hit: none at all, discs, single spots, a gradient, everywhere, or some of these."""
+    """The chance of each piece to be hit: none at all, discs, spots, a gradient, everywhere, or some of these."""
     xy, chance = pieces.xy, np.zeros(len(pieces.weight))
     kind = rng.random()
     if kind < 0.1:

@@ -132,7 +132,7 @@ def test_more_damage_than_foretold_is_charged_and_less_is_not_paid_back():
     records = [key(1, window()), key(2, window())]
     harm, keys = settled(*records)
     place = np.array([[9.0, 9.0]])
-    evidence = harm.evidence(seen(records[1], records[0], 0.1), np.array([[*place[0], 0.1, 0.01]]), keys)
+    evidence = harm.evidence(seen(records[1], records[0], 0.1), np.array([[*place[0], 0.1, 0.01]]), 0.36, keys)
     once = records[0].charge.electrons / 1600.0
     assert evidence.first == pytest.approx([0.5 * once])
     assert evidence.later == pytest.approx([1.5 * once])

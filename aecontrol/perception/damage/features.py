@@ -34,8 +34,8 @@ PERCENTILES = (0.5, 99.5)
 """Of the first frame: what becomes 0 and 1 in both."""
 MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the channels of ImageNet, by which its networks have their input normalised."""
-BATCH = 64
-"""Patches a pass: bounds memory."""
+PIXELS = 2**19
+"""Of both frames' patches in one pass: bounds memory."""
 COARSEST_PX = 32
 """A frame for the dense pass is padded to a multiple of this, so that all layers have whole numbers of features."""
 LOADERS = {"resnet18": resnet.load, "efficientnet_lite0": efficientnet.load}
@@ -76,6 +76,24 @@ class FeatureSettings(Model):
         return f"{self.backbone} {kind} {self.sha256[:8]}, layer {self.layer}, {size}, {how}{digits}"
 
 
+_TUNED = {
+    "backbone": "efficientnet_lite0",
+    "layer": 3,
+    "input_size": 40,
+    "distance": "pointwise",
+    "dense": True,
+    "bfloat16": True,
+}
+NAMED = {
+    "resnet18": FeatureSettings(),
+    "resnet18-random-control": FeatureSettings(weights="random-control"),
+    "efficientnet_lite0": FeatureSettings(**_TUNED),
+    "efficientnet_lite0-random-control": FeatureSettings(**_TUNED, weights="random-control"),
+}
+"""Metrics that can be asked for by name: the published one, the best that was found with ImageNet weights that can be
+installed, and what either is worth when nothing was learnt."""
+
+
 @dataclass(frozen=True)
 class FeatureMetric:
     """A metric of two registered frames; ``settings`` are complete, hash of the weights included."""
@@ -100,9 +118,9 @@ class FeatureMetric:
         distance = whitened if self.settings.distance == "whitened" else cosine
         return np.maximum(distance(a, b), 0.0).reshape(rows, cols)
 
-    def averages(self, frames: NDArray[np.float32], batch: int = BATCH) -> Floats:
+    def averages(self, frames: NDArray[np.float32], batch: int = 0) -> Floats:
         """Of normalised frames [2, rows, cols] of whole patches: features averaged over patches [2, patches,
-        channels], or ('pointwise') their distances [1, patches, 1]; ``batch``: patches a pass."""
+        channels], or ('pointwise') their distances [1, patches, 1]; ``batch``: patches a pass, 0: as memory bears."""
         images = torch.from_numpy(frames)[:, None].to(self.device)
         with torch.inference_mode():
             found = self._dense(images) if self.settings.dense else self._by_patch(images, batch)
@@ -111,6 +129,7 @@ class FeatureMetric:
     def _by_patch(self, images: Tensor, batch: int) -> Tensor:
         patches = functional.unfold(images, PATCH_PX, stride=PATCH_PX).transpose(1, 2)
         side, found = self.settings.input_size, []
+        batch = batch or max(1, PIXELS // (2 * side**2))
         for part in torch.split(patches, batch, dim=1):
             enlarged = _enlarged(part.reshape(-1, 1, PATCH_PX, PATCH_PX), side, side)
             maps = self._layer(enlarged)
@@ -122,7 +141,8 @@ class FeatureMetric:
         rows, cols = (n // PATCH_PX for n in images.shape[2:])
         images = _enlarged(images, rows * side, cols * side)
         below, right = (-n % COARSEST_PX for n in images.shape[2:])
-        maps = self._seen(self._layer(functional.pad(images, (0, right, 0, below), mode="replicate")))
+        images = functional.pad(images, (0, right, 0, below), mode="replicate")
+        maps = self._seen(torch.cat([self._layer(image[None]) for image in images]))  # one at a time fits into caches
         by_row, by_col = (self.shares(n, maps.shape[axis]).to(maps) for n, axis in ((rows, 2), (cols, 3)))
         return torch.einsum("rh,nchw,sw->nrsc", by_row, maps, by_col).flatten(1, 2)
 
@@ -159,6 +179,8 @@ class FeatureMetric:
 def build_metric(settings: FeatureSettings, device: str = "cpu", path: Path | None = None) -> FeatureMetric:
     """The metric of ``settings`` with its network on ``device``; ``path``: of the weights, where they are not in their
     usual place. Raises BadInput when they are not to be had or not those that ``settings.sha256`` names."""
+    if path and settings.weights == "random-control":
+        raise BadInput(f"a random control reads no weights, such as {path}", "leave the weights out")
     backbone = LOADERS[settings.backbone](settings.weights, path)
     if settings.sha256 not in ("", backbone.sha256):
         raise BadInput(

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aecontrol.drift import measure_shift
 from aecontrol.errors import BadInput
 
 from . import classical
-from .null import Metric, undamaged
+from .classical import Metric
+from .null import null_of, repeats_of
 from .pair import Pair, in_counts
-from .reading import DamageReading, per_patch, refused
+from .reading import PATCH_PX, DamageReading, refused
+from .register import Registration, register
 
-METRICS: dict[str, Metric] = {"glr": classical.likelihood_ratio}
+Pixels = NDArray[np.generic]
+
+METRICS: dict[str, Metric] = {
+    "glr": classical.likelihood_ratio,
+    "glr-pooled": classical.pooled(classical.likelihood_ratio),
+    "ssim": classical.smoothed_dissimilarity,
+    "ssim-pooled": classical.pooled(classical.smoothed_dissimilarity),
+    "mse": classical.smoothed_error,
+    "mse-pooled": classical.pooled(classical.smoothed_error),
+    "ssim-default": classical.plain_dissimilarity,
+    "psnr": classical.plain_noise_ratio,
+    "ncc": classical.decorrelation,
+}
+"""Metrics without a network, by name."""
+VERSION = "1"
+"""Of registration, kernel and null; changes whenever numbers may."""
+REPEATS = 4000
+"""Undamaged patches that a null rests on at least, where few draws show as many."""
+FEWEST, MOST = 4, 12
+"""Draws of the null, whatever the size of the frame."""
+MOST_RESIDUAL_PX = 0.3
+"""Frames that registration may have left further apart than this are not compared."""
 
 
 @dataclass(frozen=True)
 class Meter:
-    """A metric with all that makes it comparable. ``version``: changes whenever the numbers may. ``gain_sd``:
+    """A metric with all that makes its scores comparable. ``version`` changes whenever the numbers may. ``gain_sd``:
     standard deviation of the logarithm of score over damaged fraction; None for a metric that does not estimate it."""
 
     name: str
@@ -32,43 +55,113 @@ class Meter:
 
     def read(
         self,
-        first: NDArray[np.generic],
-        later: NDArray[np.generic],
+        first: Pixels,
+        later: Pixels,
         pixel_size_nm: tuple[float, float],
         limit_nm: float,
+        expected_px: tuple[int, int] = (0, 0),
     ) -> DamageReading:
         """Compare ``later`` with ``first`` [rows, cols], both with pixels of ``pixel_size_nm`` (fast, slow), shifted by
-        at most ``limit_nm``. Frames that nothing may be concluded from give a reading that says why. Deterministic."""
-        from scipy.ndimage import shift as moved
+        at most ``limit_nm`` from ``expected_px`` (dx, dy). Frames that nothing may be concluded from give a reading
+        that says why. Deterministic."""
+        comparison = compare(first, later, pixel_size_nm, limit_nm, expected_px)
+        return self.judge(comparison, drawn_repeats(comparison))
 
-        shift = measure_shift(first, later, pixel_size_nm, limit_nm)
-        if not shift.accepted:
-            return refused(first.shape, self.name, self.sha256, shift.reason)
-        dx, dy = shift.dx_nm / pixel_size_nm[0], shift.dy_nm / pixel_size_nm[1]
-        a = in_counts(first)
-        b = moved(in_counts(later), (-dy, -dx), order=3, mode="constant", cval=np.nan, prefilter=True)
-        valid = np.isfinite(b)
-        b = np.where(valid, b, 0.0)
-        ratio = float(b[valid].sum() / a[valid].sum())
-        pair = Pair(np.where(valid, a, 0.0), b, ratio, valid)
-        score, null = self.metric(pair), undamaged(pair, self.metric)
-        whole = np.asarray(per_patch(valid).all(axis=(2, 3)))
+    def judge(self, comparison: Comparison, repeats: Sequence[Pair]) -> DamageReading:
+        """The reading of registered frames against undamaged ``repeats`` of them, drawn or measured."""
+        pair, found = comparison.pair, comparison.registration
+        if pair is None:
+            return refused(comparison.shape, self.name, self.sha256, found.reason)
+        score, null = self.metric(pair), null_of(pair, repeats, self.metric)
         return DamageReading(
-            score=np.where(whole, score - null.mean, np.nan),
-            sd=np.where(whole, null.sd, np.nan),
-            p=np.where(whole, null.p(score), 1.0),
-            valid=whole,
-            shift_px=(dx, dy),
-            residual_px=shift.sigma_nm / min(pixel_size_nm),
+            score=np.where(pair.whole, score - null.mean, np.nan),
+            sd=np.where(pair.whole, null.sd, np.nan),
+            p=np.where(pair.whole, null.p(score), 1.0),
+            valid=pair.whole,
+            shift_px=found.shift_px,
+            residual_px=found.residual_px,
             reason="",
             metric=self.name,
             sha256=self.sha256,
         )
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two frames of ``shape``, the later one laid over the first: ``pair`` is None where ``registration`` says why
+    not."""
+
+    shape: tuple[int, ...]
+    registration: Registration
+    pair: Pair | None = None
+
+
+def compare(
+    first: Pixels,
+    later: Pixels,
+    pixel_size_nm: tuple[float, float],
+    limit_nm: float,
+    expected_px: tuple[int, int] = (0, 0),
+) -> Comparison:
+    """Bring two frames [rows, cols] to counts and lay the later one over the first; see :meth:`Meter.read`."""
+    if reason := _unusable(first, later):
+        return Comparison(first.shape, Registration.none(reason))
+    a, b = in_counts(first), in_counts(later)
+    found = register(a, b, pixel_size_nm, limit_nm, expected_px)
+    if not found.reason and found.residual_px > MOST_RESIDUAL_PX:
+        found = Registration.none(
+            f"registration may be off by {found.residual_px:.2f} px, more than {MOST_RESIDUAL_PX:g}"
+        )
+    if found.reason:
+        return Comparison(first.shape, found)
+    pair = Pair.of(a, found.apply(b), found.valid(a.shape))
+    if not pair.whole.any():
+        return Comparison(first.shape, Registration.none("no patch lies in both frames"))
+    return Comparison(first.shape, found, pair)
+
+
+def drawn_repeats(comparison: Comparison) -> Sequence[Pair]:
+    """Undamaged repeats of a comparison: as many as a null needs; none where there is nothing to repeat."""
+    if comparison.pair is None:
+        return ()
+    draws = int(np.clip(np.ceil(REPEATS / comparison.pair.whole.sum()), FEWEST, MOST))
+    return repeats_of(comparison.pair, comparison.registration, draws)
+
+
 def build_meter(name: str, device: str, weights: Path | None = None) -> Meter:
-    """The meter called ``name``, computing on ``device``; ``weights``: others than the shipped ones. Raises BadInput
-    for a metric that does not exist."""
-    if name not in METRICS:
-        raise BadInput(f"metric {name!r} is not known", f"use one of {', '.join(METRICS)}")
-    return Meter(name, METRICS[name], "1")
+    """The meter called ``name``, computing on ``device``; ``weights``: others than the shipped or installed ones.
+    Raises BadInput for a metric that does not exist, or weights that are missing or not what they should be."""
+    if name in METRICS:
+        if weights is not None:
+            raise BadInput(f"metric {name!r} has no weights", "leave the weights out")
+        return Meter(name, METRICS[name], VERSION)
+    if name == "learned":
+        from .learned import LearnedDamage
+
+        learned = LearnedDamage(weights, device)
+        return Meter(name, learned, f"{VERSION} {learned.sha256[:16]}", learned.sha256)
+    from .features import NAMED, build_metric
+
+    if name not in NAMED:
+        known = ", ".join(("learned", *METRICS, *NAMED))
+        raise BadInput(f"metric {name!r} is not known", f"use one of {known}")
+    features = build_metric(NAMED[name], device, weights)
+    settings = features.settings
+
+    def metric(pair: Pair) -> NDArray[np.float64]:
+        return features(pair.first, pair.later)
+
+    return Meter(name, metric, f"{VERSION} {settings.label}", settings.sha256)
+
+
+def _unusable(first: Pixels, later: Pixels) -> str:
+    """Why two frames cannot be compared at all; '' when they can."""
+    if first.shape != later.shape or first.ndim != 2:
+        return f"the frames differ in shape: {first.shape} and {later.shape}"
+    if min(first.shape) < PATCH_PX:
+        return f"{first.shape[0]} x {first.shape[1]} pixels hold no patch of {PATCH_PX}"
+    if not (np.isfinite(first).all() and np.isfinite(later).all()):
+        return "a frame has pixels that are not numbers"
+    if any(float(np.ptp(frame.astype(np.float64))) == 0.0 for frame in (first, later)):
+        return "a frame has no contrast"
+    return ""

@@ -1,23 +1,37 @@
-"""What an undamaged repeat of this very place would score: mean, spread and tail."""
+"""What an undamaged repeat of this very place would score: mean, spread and tail, for any metric.
+
+A repeat is drawn, not measured: the first frame without its noise, seen twice at the doses of the two frames; the
+later time through the fitted kernel (focus, dose), off by what registration may have left, row by row too, resampled as
+the later frame was, and with shot noise of its own. The metric then fits its own kernel anew, so what fitting leaves
+over is part of the null. Mean and spread are smooth functions of what a patch shows, because a few draws say little of
+one patch alone; the tail is that of all standardised scores together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .classical import Metric
 from .pair import Pair
+from .reading import per_patch
+from .register import Registration
 
 Floats = NDArray[np.float64]
-Metric = Callable[[Pair], Floats]
-DRAWS = 8
+
+TAIL = 0.03
+"""Beyond the value that this share of the draws exceeds, the tail is taken as exponential."""
+KEPT = 1.5
+"""Fourier components of less power than this, over that of the noise, are taken as noise."""
 
 
 @dataclass(frozen=True)
 class Null:
-    """Mean and standard deviation [rows, cols] of undamaged scores, and their standardised draws, sorted."""
+    """Mean and standard deviation [rows, cols] of the scores of undamaged patches, and the tail of the standardised
+    ones: ``drawn``, sorted."""
 
     mean: Floats
     sd: Floats
@@ -27,19 +41,78 @@ class Null:
         """Chance that an undamaged patch scores at least ``score`` [rows, cols]."""
         z = (score - self.mean) / self.sd
         above = self.drawn.size - np.searchsorted(self.drawn, z, side="left")
-        return np.asarray((above + 1.0) / (self.drawn.size + 1.0))
+        counted = (above + 1.0) / (self.drawn.size + 1.0)
+        start = float(np.quantile(self.drawn, 1.0 - TAIL))
+        beyond = self.drawn[self.drawn > start] - start
+        scale = float(beyond.mean()) if beyond.size else 1e-12
+        return np.asarray(np.where(z > start, TAIL * np.exp(-np.maximum(z - start, 0.0) / scale), counted))
 
 
-def undamaged(pair: Pair, metric: Metric, seed: int = 0) -> Null:
-    """The null of ``metric`` for ``pair``, by drawing repeats of its denoised first frame."""
-    from scipy.ndimage import gaussian_filter
-
+def repeats_of(pair: Pair, registration: Registration, draws: int, seed: int = 0) -> list[Pair]:
+    """``draws`` undamaged repeats of ``pair``. Deterministic."""
     random = np.random.default_rng(seed)
-    truth = np.maximum(gaussian_filter(pair.first + pair.later, 1.0), 0.0) / (1.0 + pair.ratio)
-    scores = []
-    for _ in range(DRAWS):
-        first, later = random.poisson(truth).astype(float), random.poisson(pair.ratio * truth).astype(float)
-        scores.append(metric(Pair(first, later, pair.ratio, pair.valid)))
-    drawn = np.stack(scores)
-    mean, sd = drawn.mean(axis=0), np.full(drawn.shape[1:], drawn.std(axis=0, ddof=1).mean() + 1e-12)
-    return Null(mean, sd, np.sort(((drawn - mean) / sd).ravel()))
+    truth = denoised(pair.first)
+    return [_repeat(pair, registration, truth, random) for _ in range(draws)]
+
+
+def null_of(pair: Pair, repeats: Sequence[Pair], metric: Metric) -> Null:
+    """The null of ``metric`` for ``pair`` from undamaged ``repeats`` of it, drawn, or measured at the same place and
+    doses (the two halves of one visit, say): mean and spread of the scores as functions of what patches show."""
+    scores = np.stack([metric(repeat) for repeat in repeats])
+    content = _content(pair)
+    inside = pair.whole
+    some, of = scores[:, inside], np.broadcast_to(content[inside], (len(scores), *content[inside].shape))
+    basis = of.reshape(-1, content.shape[-1])
+    weights = np.linalg.lstsq(basis, some.ravel(), rcond=None)[0]
+    mean = content @ weights
+    off = (some - mean[inside]) ** 2
+    floor = 1e-3 * float(off.mean()) + 1e-300
+    trend = np.linalg.lstsq(basis, np.log(off.ravel() + floor), rcond=None)[0]
+    sd = np.exp(0.5 * np.clip(content @ trend, np.log(floor), None))
+    sd *= np.sqrt(float((off / sd[inside] ** 2).mean()))
+    return Null(mean, sd, np.sort(((some - mean[inside]) / sd[inside]).ravel()))
+
+
+def denoised(frame: Floats) -> Floats:
+    """``frame`` [rows, cols], counts, without most of its shot noise: Wiener's filter, whose signal is what the local
+    power spectrum has beyond the white noise of counts."""
+    from scipy.fft import fft2, ifft2
+    from scipy.ndimage import uniform_filter
+
+    spectrum = fft2(frame)
+    power = uniform_filter(np.abs(spectrum) ** 2, 3, mode="wrap")
+    noise = max(float(frame.sum()), 1e-300)
+    keep = np.maximum(1.0 - KEPT * noise / np.maximum(power, 1e-300), 0.0)
+    keep[0, 0] = 1.0
+    return np.asarray(np.maximum(ifft2(spectrum * keep).real, 0.0), dtype=np.float64)
+
+
+def _repeat(pair: Pair, registration: Registration, truth: Floats, random: np.random.Generator) -> Pair:
+    """A pair as ``pair`` would be had nothing been damaged."""
+    wrong = Registration(
+        (random.normal(0.0, registration.sigma_px), random.normal(0.0, registration.sigma_px)),
+        0.0,
+        registration.jitter_px * random.standard_normal(len(truth)),
+        registration.jitter_px,
+    )
+    expected = wrong.undo(pair.kernel.apply(truth))
+    seen = random.poisson(np.maximum(registration.undo(expected), 0.0)).astype(np.float64)
+    first = random.poisson(truth).astype(np.float64)
+    return Pair.of(first, registration.redo(seen), pair.valid)
+
+
+def _content(pair: Pair) -> Floats:
+    """What every patch shows [rows, cols, 6]: 1, brightness and structure, and their squares and product."""
+    from scipy.ndimage import gaussian_filter, gaussian_gradient_magnitude
+
+    both = pair.matched + pair.later
+    level = per_patch(gaussian_filter(both, 2.0)).mean(axis=(2, 3))
+    slope = per_patch(gaussian_gradient_magnitude(both, 2.0) ** 2).mean(axis=(2, 3))
+    x, y = (_standardised(np.log(np.maximum(q, 1e-6 * q.max() + 1e-12)), pair) for q in (level, slope))
+    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1)
+
+
+def _standardised(values: Floats, pair: Pair) -> Floats:
+    inside = values[pair.whole]
+    spread = float(inside.std()) if inside.size else 0.0
+    return np.clip((values - (inside.mean() if inside.size else 0.0)) / max(spread, 1e-9), -3.0, 3.0)

@@ -1,0 +1,171 @@
+"""The later frame laid over the first: one shift of the whole, and one of every row where the scan jitters.
+
+The whole shift is that of :func:`aecontrol.drift.measure_shift`, which refuses what a lattice leaves open. Frames are
+resampled by turning the phases of their Fourier components. That is unitary: white noise stays white and keeps its
+variance, only where it is larger follows the image less closely (an interpolation would smooth it, by up to a half
+between two pixels). The null of an undamaged repeat is drawn through the same resampling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aecontrol.drift import measure_shift
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+MOST_MISFIT = 3.0
+"""Structure that only one frame shows over what both show. Damage makes it large; beyond this little is left to lay one
+frame over the other by."""
+RIM_PX = 2
+"""Pixels at the border of the overlap that resampling leaves inexact."""
+PAD_PX = 16
+"""Mirrored pixels around a frame while it is resampled, so that its opposite edges do not meet."""
+JITTER_PX = 0.2
+"""Rows are laid on each other one by one from this standard deviation on; below it little is gained."""
+LARGEST_JITTER_PX = 3.0
+LEAST_GAIN = 4.0
+"""Twice the logarithm of the likelihood ratio from which rows are said to jitter at all."""
+ROWS_ALIKE = 3.0
+"""Jitter changes from row to row; atoms reach over about this many."""
+ROW_SMOOTHING_PX = 1.5
+"""Smoothing of the slope that tells a row's shift."""
+
+
+@dataclass(frozen=True)
+class Registration:
+    """How the later frame lies. ``shift_px`` (dx, dy): its content has moved by so much; ``sigma_px``: standard
+    deviation of that per axis; ``rows_px`` [rows]: what was found of each row beyond it; ``jitter_px`` [rows]: standard
+    deviation of what each may still be shifted by; ``reason``: why the frames cannot be laid over each other, or ''."""
+
+    shift_px: tuple[float, float]
+    sigma_px: float
+    rows_px: Floats
+    jitter_px: Floats
+    reason: str = ""
+
+    @classmethod
+    def none(cls, reason: str) -> Registration:
+        """That of frames that cannot be laid over each other."""
+        return cls((0.0, 0.0), np.inf, np.zeros(0), np.zeros(0), reason)
+
+    @property
+    def residual_px(self) -> float:
+        """Standard deviation along a row of what registration may have left."""
+        return float(np.hypot(self.sigma_px, np.median(self.jitter_px)))
+
+    def apply(self, frame: Floats) -> Floats:
+        """The later frame [rows, cols] resampled on the pixels of the first; wrapped where it has none to show."""
+        dx, dy = self.shift_px
+        whole = round(dx), round(dy)
+        moved = np.roll(frame, (-whole[1], -whole[0]), axis=(0, 1))
+        rows = self.rows_px + dx - whole[0]
+        return _along_rows(_along_rows(moved, rows).T, np.full(frame.shape[1], dy - whole[1])).T
+
+    def undo(self, frame: Floats) -> Floats:
+        """A frame on the pixels of the first one as the later one's scan would have seen it, but for whole pixels."""
+        dx, dy = (shift - round(shift) for shift in self.shift_px)
+        return _along_rows(_along_rows(frame.T, np.full(frame.shape[1], -dy)).T, -self.rows_px - dx)
+
+    def redo(self, frame: Floats) -> Floats:
+        """The reverse of :meth:`undo`."""
+        dx, dy = (shift - round(shift) for shift in self.shift_px)
+        return _along_rows(_along_rows(frame, self.rows_px + dx).T, np.full(frame.shape[1], dy)).T
+
+    def valid(self, shape: tuple[int, ...]) -> Bools:
+        """The pixels [rows, cols] of the first frame that the later one shows too."""
+        seen = np.zeros(shape, dtype=bool)
+        cut = []
+        for shift, size in zip(self.shift_px[::-1], shape, strict=True):
+            rim = RIM_PX if shift % 1.0 else 0
+            cut.append(slice(max(0, int(np.ceil(-shift))) + rim, min(size, size - int(np.ceil(shift))) - rim))
+        seen[tuple(cut)] = True
+        return seen
+
+
+def register(
+    first: Floats,
+    later: Floats,
+    pixel_size_nm: tuple[float, float],
+    limit_nm: float,
+    expected_px: tuple[int, int] = (0, 0),
+) -> Registration:
+    """Lay ``later`` [rows, cols] over ``first``, both in counts, within ``limit_nm`` of ``expected_px`` (dx, dy)."""
+    dx, dy = expected_px
+    rows, cols = first.shape
+    if abs(dy) >= rows or abs(dx) >= cols:
+        return Registration.none(f"a shift of {expected_px} px leaves no overlap")
+    ours = first[max(0, -dy) : rows - max(0, dy), max(0, -dx) : cols - max(0, dx)]
+    theirs = later[max(0, dy) : rows + min(0, dy), max(0, dx) : cols + min(0, dx)]
+    shift = measure_shift(ours, theirs, pixel_size_nm, limit_nm, MOST_MISFIT)
+    if not shift.accepted:
+        return Registration.none(shift.reason)
+    at = (float(dx + shift.dx_nm / pixel_size_nm[0]), float(dy + shift.dy_nm / pixel_size_nm[1]))
+    still = np.zeros(rows)
+    whole = Registration(at, shift.sigma_nm / min(pixel_size_nm), still, still)
+    found, left = _jitter(first, whole.apply(later), whole.valid(first.shape))
+    return Registration(at, whole.sigma_px, found, left)
+
+
+def _jitter(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Floats]:
+    """Shift [rows] of every row beyond that of its neighbours, and the standard deviation [rows] of what is not known
+    of it. No shift where the rows hardly jitter. What moves several rows alike may be atoms, and is left."""
+    from scipy.ndimage import gaussian_filter1d
+
+    at, left = np.zeros(len(first)), np.zeros(len(first))
+    for _ in range(3):  # a large shift is found in steps, for each is taken as small
+        step, sigma = _row_shifts(first, _along_rows(later, at), valid)
+        found = at + step
+        found -= gaussian_filter1d(found, ROWS_ALIKE)
+        spread = _spread(found, sigma)
+        if spread <= JITTER_PX:
+            return np.zeros(len(first)), np.full(len(first), spread)
+        known = spread**2 / (spread**2 + sigma**2)  # of a normal prior and a normal error
+        at, left = np.clip(known * found, -LARGEST_JITTER_PX, LARGEST_JITTER_PX), np.sqrt(known) * sigma
+    return at, left
+
+
+def _row_shifts(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Floats]:
+    """Shift [rows] of each row of ``later``, taken as small, by least squares on the slope, and its standard error.
+
+    The slope is that of both frames together, whose noise does not correlate with that of their difference; its
+    square is taken as the product of either frame's slope, whose noises do not correlate with each other.
+    """
+    from scipy.ndimage import gaussian_filter, gaussian_filter1d
+
+    ratio = float(later[valid].sum()) / max(float(first[valid].sum()), 1e-300)
+    a, b = ratio * first, np.where(valid, later, ratio * first)
+    slope_a, slope_b = (np.where(valid, gaussian_filter(f, ROW_SMOOTHING_PX, order=(0, 1)), 0.0) for f in (a, b))
+    raw_a, raw_b = (np.gradient(f, axis=1) for f in (a, b))
+    slope = 0.5 * (slope_a + slope_b)
+    square = 0.5 * (slope_a * raw_b + slope_b * raw_a).sum(axis=1)
+    square = np.maximum(gaussian_filter1d(square, 2.0), 0.05 * max(float(square.mean()), 1e-300))
+    shift = ((a - b) * slope).sum(axis=1) / square
+    noise = gaussian_filter1d(((ratio * a + b).clip(0.0) * slope**2).sum(axis=1), 2.0)
+    return shift, np.sqrt(np.maximum(noise, 1e-300)) / square
+
+
+def _spread(shift: Floats, sigma: Floats) -> float:
+    """Standard deviation of normal shifts that were measured with errors ``sigma``, by maximum likelihood; 0 where that
+    explains them about as well."""
+    tried = np.linspace(0.0, LARGEST_JITTER_PX, 121)
+    variance = tried[:, None] ** 2 + sigma**2 + 1e-12
+    loss = (np.log(variance) + shift**2 / variance).sum(axis=1)
+    best = int(np.argmin(loss))
+    return float(tried[best]) if loss[0] - loss[best] > LEAST_GAIN else 0.0
+
+
+def _along_rows(frame: Floats, shift: Floats) -> Floats:
+    """Row r of ``frame`` moved back by ``shift`` [rows] pixels."""
+    if not np.any(shift):
+        return frame
+    padded = np.pad(frame, ((0, 0), (PAD_PX, PAD_PX)), mode="reflect")
+    turn = np.exp(2j * np.pi * np.fft.rfftfreq(padded.shape[1]) * shift[:, None])
+    if padded.shape[1] % 2 == 0:
+        turn[:, -1] = 1.0  # the highest frequency has no phase to turn
+    moved = np.fft.irfft(np.fft.rfft(padded, axis=1) * turn, padded.shape[1], axis=1)
+    return np.asarray(moved[:, PAD_PX:-PAD_PX])
