@@ -215,8 +215,5 @@ def test_agrees_with_nuts(highest: float) -> None:
     ours = np.log(np.array(response.critical_fluence_e_per_A2)).T
     gain = _half_normal(point[:, 3]).numpy()
     for theirs, mine in ((log_critical, ours), (gain[:, None], np.array(response.amplitude)[:, None])):
-        width = theirs.std(0)
-        for share in (0.05, 0.5, 0.95):
-            assert (
-                np.abs(np.quantile(theirs, share, axis=0) - np.quantile(mine, share, axis=0)).max() < 0.35 * width.max()
-            )
+        assert np.abs(theirs.mean(0) - mine.mean(0)).max() < 0.3 * theirs.std(0).min()
+        assert mine.std(0) == pytest.approx(theirs.std(0), rel=0.3)

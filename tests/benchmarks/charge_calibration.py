@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -188,8 +188,7 @@ def _evidence(
     first, before = looks[0]
     for key, after in looks[1:]:
         event = DamageMeasured(key=key, first=first, metric="simulated")
-        evidence = harm.evidence(event, np.column_stack([x.ravel(), y.ravel(), after - before, sd]), keys)
-        yield replace(evidence, units=PLAN.sites_per_nm2 * PATCH_NM**2)
+        yield harm.evidence(event, np.column_stack([x.ravel(), y.ravel(), after - before, sd]), PATCH_NM**2, keys)
 
 
 def main() -> None:
