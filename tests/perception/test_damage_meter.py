@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,7 +31,7 @@ def test_a_shift_is_found_to_a_twentieth_of_a_pixel_and_resampling_keeps_the_noi
         assert found.shift_px == pytest.approx(shift, abs=0.05)
         inside = found.valid((200, 200))
         back = found.apply(CRYSTAL.shows(shift))
-        assert np.abs(back - CRYSTAL.still)[inside].max() < 0.05
+        assert np.abs(back - CRYSTAL.still)[inside].max() < 0.1  # at the rim
         noise = np.random.default_rng(seed).normal(size=(200, 200))
         assert found.apply(noise)[inside].std() == pytest.approx(noise.std(), rel=0.01)
         assert inside.mean() > 0.9
@@ -56,17 +58,19 @@ def test_the_kernel_takes_up_dose_and_focus():
     assert np.abs(clean - expected)[inner].mean() < 0.25 * np.abs(unmatched - expected)[inner].mean()
 
 
-@pytest.mark.parametrize("peak", [5, 20, 100])
-def test_undamaged_patches_are_rarely_flagged_whatever_else_changed(peak):
-    meter = build_meter("glr", "cpu")
-    jitter = [np.random.default_rng([peak, k]).normal(0.0, 0.2, 200) for k in (0, 1)]
-    first = counts(CRYSTAL.shows(rows=jitter[0]), peak, 10)
-    later = counts(1.1 * CRYSTAL.shows((0.3, -0.2), 2.2, jitter[1]), peak, 11)
-    reading = meter.read(first, later, PX, LIMIT_NM)
-    assert reading.reason == ""
-    assert (reading.p[reading.valid] < 0.01).mean() <= 0.04
-    assert abs(reading.mean_score) < 0.5 * np.nanmedian(reading.sd)
-    assert not reading.flagged.any()
+def test_undamaged_patches_are_rarely_flagged_whatever_else_changed():
+    meter, p = build_meter("glr", "cpu"), []
+    for peak in (5, 20, 100):
+        jitter = [np.random.default_rng([peak, k]).normal(0.0, 0.2, 200) for k in (0, 1)]
+        first = counts(CRYSTAL.shows(rows=jitter[0]), peak, 10)
+        later = counts(1.1 * CRYSTAL.shows((0.3, -0.2), 2.2, jitter[1]), peak, 11)
+        reading = meter.read(first, later, PX, LIMIT_NM)
+        assert reading.reason == ""
+        assert abs(reading.mean_score) < np.nanmedian(reading.sd)
+        assert not reading.flagged.any()
+        p.append(reading.p[reading.valid])
+    assert (np.concatenate(p) < 0.01).mean() <= 0.03
+    assert 0.3 < np.concatenate(p).mean() < 0.75
 
 
 def test_damage_is_found_where_it_is():
@@ -86,15 +90,15 @@ def test_damage_is_found_where_it_is():
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_equal_frames_do_not_differ_and_damaged_ones_do(name):
-    a = counts(CRYSTAL.still, 20, 1)
-    everywhere = np.ones(a.shape, dtype=bool)
-    same = METRICS[name](Pair(a, a, everywhere, 1.0))
-    worse = METRICS[name](Pair(a, counts(CRYSTAL.without(100, 100, 40).shows(), 20, 2), everywhere, 1.0))
-    assert same.shape == (10, 10)
-    assert worse.mean() > same.mean()
-    if name != "psnr":  # infinite for equal frames, and bounded
-        assert np.abs(same).max() < 1e-3
+def test_damaged_frames_differ_more_than_a_repeat_does(name):
+    first, everywhere = counts(CRYSTAL.still, 20, 1), np.ones((200, 200), dtype=bool)
+    repeat, damaged = (
+        METRICS[name](Pair.of(first, later, everywhere))
+        for later in (counts(CRYSTAL.still, 20, 2), counts(CRYSTAL.without(100, 100, 40).shows(), 20, 2))
+    )
+    assert repeat.shape == (10, 10)
+    assert damaged[3:7, 3:7].mean() > repeat[3:7, 3:7].mean() + repeat.std() / 2
+    assert damaged[:2].mean() < repeat[:2].mean() + 0.5 * repeat.std()
 
 
 def test_the_likelihood_ratio_of_flat_frames_is_that_of_two_poisson_counts():
@@ -141,13 +145,19 @@ def test_frames_that_tell_nothing_are_refused_with_a_reason():
         (hole, "not numbers"),
         (np.zeros_like(a), "no contrast"),
         (elsewhere, "hardly correlate"),
-        (counts(CRYSTAL.shows((5.35 * np.cos(0.3), 5.35 * np.sin(0.3))), 20, 3), "fits"),  # half a lattice vector
     ):
-        reading = meter.read(a, other, PX, 0.15)
+        reading = meter.read(a, other, PX, LIMIT_NM)
         assert why in reading.reason
         assert not reading.valid.any()
         assert not reading.flagged.any()
         assert np.isnan(reading.mean_score)
+
+
+def test_what_a_lattice_leaves_open_is_not_decided():
+    alike = replace(CRYSTAL, weight=np.ones_like(CRYSTAL.weight))
+    half = (5.35 * np.cos(0.3), 5.35 * np.sin(0.3))
+    reading = build_meter("glr", "cpu").read(counts(alike.still, 20, 1), counts(alike.shows(half), 20, 2), PX, 0.15)
+    assert "fits about as well" in reading.reason
 
 
 def test_a_metric_that_does_not_exist_and_weights_without_a_use_are_refused(tmp_path):
