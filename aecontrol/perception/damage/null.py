@@ -88,17 +88,13 @@ def denoised(frame: Floats) -> Floats:
 
 
 def _repeat(pair: Pair, registration: Registration, truth: Floats, random: np.random.Generator) -> Pair:
-    """A pair as ``pair`` would be had nothing been damaged."""
-    wrong = Registration(
-        (random.normal(0.0, registration.sigma_px), random.normal(0.0, registration.sigma_px)),
-        0.0,
-        registration.jitter_px * random.standard_normal(len(truth)),
-        registration.jitter_px,
-    )
-    expected = wrong.undo(pair.kernel.apply(truth))
-    seen = random.poisson(np.maximum(registration.undo(expected), 0.0)).astype(np.float64)
+    """A pair as ``pair`` would be had nothing been damaged. Rows that jitter are found anew: what is found of them
+    follows the noise, and brings frames nearer to each other than they are."""
+    expected = registration.redrawn(random).undo(pair.kernel.apply(truth))
+    later = random.poisson(np.maximum(expected, 0.0)).astype(np.float64)
     first = random.poisson(truth).astype(np.float64)
-    return Pair.of(first, registration.redo(seen), pair.valid)
+    found = registration.with_rows(first, later) if registration.jitters_px > 0.0 else registration
+    return Pair.of(first, found.apply(later), pair.valid)
 
 
 def _content(pair: Pair) -> Floats:

@@ -8,7 +8,7 @@ between two pixels). The null of an undamaged repeat is drawn through the same r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,18 +40,20 @@ ROW_SMOOTHING_PX = 1.5
 class Registration:
     """How the later frame lies. ``shift_px`` (dx, dy): its content has moved by so much; ``sigma_px``: standard
     deviation of that per axis; ``rows_px`` [rows]: what was found of each row beyond it; ``jitter_px`` [rows]: standard
-    deviation of what each may still be shifted by; ``reason``: why the frames cannot be laid over each other, or ''."""
+    deviation of what each may still be shifted by; ``jitters_px``: standard deviation of how they were; ``reason``: why
+    the frames cannot be laid over each other, or ''."""
 
     shift_px: tuple[float, float]
     sigma_px: float
     rows_px: Floats
     jitter_px: Floats
+    jitters_px: float = 0.0
     reason: str = ""
 
     @classmethod
     def none(cls, reason: str) -> Registration:
         """That of frames that cannot be laid over each other."""
-        return cls((0.0, 0.0), np.inf, np.zeros(0), np.zeros(0), reason)
+        return cls((0.0, 0.0), np.inf, np.zeros(0), np.zeros(0), reason=reason)
 
     @property
     def residual_px(self) -> float:
@@ -67,14 +69,23 @@ class Registration:
         return _along_rows(_along_rows(moved, rows).T, np.full(frame.shape[1], dy - whole[1])).T
 
     def undo(self, frame: Floats) -> Floats:
-        """A frame on the pixels of the first one as the later one's scan would have seen it, but for whole pixels."""
-        dx, dy = (shift - round(shift) for shift in self.shift_px)
-        return _along_rows(_along_rows(frame.T, np.full(frame.shape[1], -dy)).T, -self.rows_px - dx)
+        """A frame on the pixels of the first one as the later scan would have seen it; wrapped at its border."""
+        dx, dy = self.shift_px
+        whole = round(dx), round(dy)
+        still = _along_rows(frame.T, np.full(frame.shape[1], whole[1] - dy)).T
+        return np.roll(_along_rows(still, whole[0] - dx - self.rows_px), (whole[1], whole[0]), axis=(0, 1))
 
-    def redo(self, frame: Floats) -> Floats:
-        """The reverse of :meth:`undo`."""
-        dx, dy = (shift - round(shift) for shift in self.shift_px)
-        return _along_rows(_along_rows(frame, self.rows_px + dx).T, np.full(frame.shape[1], dy)).T
+    def with_rows(self, first: Floats, later: Floats) -> Registration:
+        """The same whole shift, with what the rows of these two frames say."""
+        still = replace(self, rows_px=np.zeros(len(first)))
+        rows, left, spread = _jitter(first, still.apply(later), self.valid(first.shape))
+        return replace(self, rows_px=rows, jitter_px=left, jitters_px=spread)
+
+    def redrawn(self, random: np.random.Generator) -> Registration:
+        """A registration like this one with all errors and jitter that it may have, drawn."""
+        wrong = random.normal(0.0, self.sigma_px, 2)
+        at = (self.shift_px[0] + float(wrong[0]), self.shift_px[1] + float(wrong[1]))
+        return replace(self, shift_px=at, rows_px=random.normal(0.0, self.jitters_px, len(self.rows_px)))
 
     def valid(self, shape: tuple[int, ...]) -> Bools:
         """The pixels [rows, cols] of the first frame that the later one shows too."""
@@ -107,26 +118,26 @@ def register(
     at = (float(dx + shift.dx_nm / pixel_size_nm[0]), float(dy + shift.dy_nm / pixel_size_nm[1]))
     still = np.zeros(rows)
     whole = Registration(at, shift.sigma_nm / min(pixel_size_nm), still, still)
-    found, left = _jitter(first, whole.apply(later), whole.valid(first.shape))
-    return Registration(at, whole.sigma_px, found, left)
+    return whole.with_rows(first, later)
 
 
-def _jitter(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Floats]:
-    """Shift [rows] of every row beyond that of its neighbours, and the standard deviation [rows] of what is not known
-    of it. No shift where the rows hardly jitter. What moves several rows alike may be atoms, and is left."""
+def _jitter(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Floats, float]:
+    """Shift [rows] of every row beyond that of its neighbours, the standard deviation [rows] of what is not known of
+    it, and the standard deviation of all. No shift where the rows hardly jitter. What moves several rows alike may be
+    atoms, and is left."""
     from scipy.ndimage import gaussian_filter1d
 
-    at, left = np.zeros(len(first)), np.zeros(len(first))
+    at, left, spread = np.zeros(len(first)), np.zeros(len(first)), 0.0
     for _ in range(3):  # a large shift is found in steps, for each is taken as small
         step, sigma = _row_shifts(first, _along_rows(later, at), valid)
         found = at + step
         found -= gaussian_filter1d(found, ROWS_ALIKE)
         spread = _spread(found, sigma)
         if spread <= JITTER_PX:
-            return np.zeros(len(first)), np.full(len(first), spread)
+            return np.zeros(len(first)), np.full(len(first), spread), spread
         known = spread**2 / (spread**2 + sigma**2)  # of a normal prior and a normal error
         at, left = np.clip(known * found, -LARGEST_JITTER_PX, LARGEST_JITTER_PX), np.sqrt(known) * sigma
-    return at, left
+    return at, left, spread
 
 
 def _row_shifts(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Floats]:

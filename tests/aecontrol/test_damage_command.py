@@ -1,0 +1,115 @@
+"""`aecontrol damage` from outside: what it writes is right, and bad input is said to be so."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from aecontrol import cli
+from tests.perception.damage_frames import Crystal, counts
+
+
+@pytest.fixture
+def damage(monkeypatch, capsys, tmp_path):
+    """Run `aecontrol damage ...` in an empty folder: exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["aecontrol", "damage", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def series(side=140):
+    """Three frames that drift; of the last one a disc is damaged."""
+    crystal = Crystal.square(side)
+    worse = crystal.without(60, 80, 25)
+    return np.stack(
+        [
+            counts(c.shows(at), 40, k)
+            for k, (c, at) in enumerate(((crystal, (0, 0)), (crystal, (4, 1)), (worse, (8, 3))))
+        ]
+    )
+
+
+def test_a_series_gets_maps_a_table_and_a_verdict(damage, tmp_path, monkeypatch):
+    monkeypatch.setattr("aecontrol.damage_series.OTHERS", ("ssim", "psnr", "resnet18"))
+    frames = series()
+    np.savez(tmp_path / "s.npz", frames=frames, pixel_size_nm=0.02)
+    code, out, _ = damage("s.npz", "--metric", "glr", "--dose-per-frame", "100", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert set(result) == {"backbone", "sha256", "frames"}
+    still, worse = result["frames"]
+    assert set(still) == {"index", "valid", "shift_px", "score", "flagged_fraction", "map"}
+    assert (still["index"], worse["index"], still["valid"], worse["valid"]) == (1, 2, True, True)
+    assert still["shift_px"] == pytest.approx([4, 1], abs=0.1)
+    assert worse["shift_px"] == pytest.approx([8, 3], abs=0.1)  # beyond the limit from the first, not from the second
+    assert still["flagged_fraction"] == 0.0
+    assert worse["flagged_fraction"] > 0.03
+    assert worse["score"] > still["score"]
+    disc = np.load(worse["map"])
+    assert disc.shape == (7, 7)
+    assert np.unravel_index(np.nanargmax(disc), disc.shape) in {(3, 2), (4, 2), (3, 3), (4, 3)}
+    folder = tmp_path / "s_damage"
+    laid = np.load(folder / "registered.npz")
+    assert np.corrcoef(laid["frames"][1][20:100, 20:100].ravel(), frames[0][20:100, 20:100].ravel())[0, 1] > 0.8
+    with open(folder / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["metric"], row["frame"]) for row in rows} >= {(m, f) for m in ("glr", "ssim", "psnr") for f in "12"}
+    said = (folder / "conclusions.txt").read_text()
+    assert "only the slope may be used" in said or "Critical fluence" in said
+    for name in ("maps.png", "curve.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_series_are_refused_with_value_limit_and_mend(damage, tmp_path):
+    frames = series(60)
+    np.save(tmp_path / "one.npy", frames[0])
+    np.save(tmp_path / "small.npy", frames[0][:50])
+    hole = frames.copy()
+    hole[1, 2, 3] = np.nan
+    np.save(tmp_path / "hole.npy", hole)
+    np.savez(tmp_path / "fine.npz", image=frames[0], pixel_size_nm=0.01)
+    np.savez(tmp_path / "coarse.npz", image=frames[0], pixel_size_nm=0.02)
+    (tmp_path / "empty").mkdir()
+    for arguments, why in (
+        (("one.npy",), "1 frame"),
+        (("one.npy", "small.npy"), "frames of different shape"),
+        (("hole.npy",), "frame 1 has 1 pixels that are not numbers"),
+        (("fine.npz", "coarse.npz"), "pixel sizes differ: 0.01"),
+        (("empty",), "holds no file"),
+        (("none.npy",), "no file"),
+        (("one.npy", "one.npy", "--metric", "best"), "metric 'best' is not known"),
+        (("one.npy", "one.npy", "--weights", "nowhere"), "nowhere"),
+        (("one.npy", "one.npy", "--dose-per-frame", "-1"), "dose_per_frame"),
+    ):
+        code, out, err = damage(*arguments)
+        assert code == 2, arguments
+        assert why in err, arguments
+        assert "mend:" in err
+        assert not out
+
+
+def test_frames_without_overlap_are_told_apart_from_undamaged_ones(damage, tmp_path, monkeypatch):
+    monkeypatch.setattr("aecontrol.damage_series.OTHERS", ())
+    first = series(60)[0]
+    other = counts(np.random.default_rng(1).random((60, 60)), 40, 3)
+    np.save(tmp_path / "s.npy", np.stack([first, other]))
+    code, out, _ = damage("s.npy", "--metric", "glr", "--pixel-size-nm", "0.02", "--json")
+    assert code == 0
+    (frame,) = json.loads(out)["frames"]
+    assert (frame["valid"], frame["score"], frame["flagged_fraction"]) == (False, None, None)
+    said = (tmp_path / "s_damage" / "conclusions.txt").read_text()
+    assert "nothing may be concluded" in said
+    assert "nothing is known of damage" in said
