@@ -154,7 +154,7 @@ def test_a_measurement_that_contradicts_the_forecast_raises_the_alarm():
     frame = reference_frame(DAMAGE, PLACE)
     records = [key(1, frame), key(2, frame)]
     harm, keys = settled(*records)
-    once = records[0].charge.electrons / 900.0
+    once = records[0].charge.electrons / (100.0 * frame.area_nm2)
     foretold = float(np.exp(-0.5 * once / 2000.0) - np.exp(-1.5 * once / 2000.0))
     assert not harm.measured(seen(records[1], records[0], foretold + 0.03), keys).alarm
     warm = harm.measured(seen(records[1], records[0], foretold + 0.08), keys)

@@ -23,7 +23,7 @@ Pixels = NDArray[np.generic]
 GAIN_SD = 0.3
 """Of the learned metric, as ``tests/benchmarks/damage_gain.py`` finds it on lattices that training never saw."""
 LEAST_COUNTS = 3.0
-"""Of the learned metric: the darkest frames that it was trained on. On darker ones it sees nothing, whatever there is."""
+"""Of the learned metric: the darkest frames of its training. On darker ones it sees nothing, whatever there is."""
 BRIGHT = 0.98
 """Quantile of the smoothed frame that counts as its brightest pixels."""
 METRICS: dict[str, Metric] = {
