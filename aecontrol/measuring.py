@@ -57,6 +57,10 @@ class Meter(Protocol):
         """Standard deviation of the logarithm of score over damaged fraction; None for a metric that does not estimate
         the fraction."""
 
+    @property
+    def metric_sd(self) -> float:
+        """Standard deviation of what the score of a whole frame is off by, beyond noise and gain."""
+
     def read(
         self,
         first: NDArray[np.generic],
@@ -182,6 +186,7 @@ def fit(folder: Path, state: State, meter: Meter) -> ResponseFitted:
         harm.plan.critical_fluence_e_per_A2,
         harm.plan.exponent,
         meter.gain_sd,
+        meter.metric_sd,
         seed=state.seed,
     )
     return ResponseFitted(response=response, measurements=len(evidence))

@@ -204,7 +204,7 @@ def test_agrees_with_nuts(highest: float) -> None:
 
     fluences = np.linspace(0.0, highest, 6)
     evidence = ladder(fluences, 1, shared=0.01) + ladder(fluences, 2, critical=500.0, shared=0.01, phase=1)
-    table = _table(evidence, 2, np.log(400.0), 1.0, None)
+    table = _table(evidence, 2, np.log(400.0), 1.0, None, 0.0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         chain = MCMC(NUTS(model, full_mass=True, max_tree_depth=7), 600, 300, disable_progbar=True)

@@ -157,8 +157,8 @@ def test_a_measurement_that_contradicts_the_forecast_raises_the_alarm():
     once = records[0].charge.electrons / (100.0 * frame.area_nm2)
     foretold = float(np.exp(-0.5 * once / 2000.0) - np.exp(-1.5 * once / 2000.0))
     assert not harm.measured(seen(records[1], records[0], foretold + 0.03), keys).alarm
-    warm = harm.measured(seen(records[1], records[0], foretold + 0.08), keys)
+    warm = harm.measured(seen(records[1], records[0], foretold + 0.15), keys)
     assert "temperature" in warm.alarm
     untaught = replace(harm, response=response().model_copy(update={"method": "prior"}))
     assert not untaught.measured(seen(records[1], records[0], 1.0), keys).alarm
-    assert harm.total.damage < 0.6  # a sacrificed place: only tails count
+    assert harm.total.damage < 1.5  # of 16: a sacrificed place, only tails count

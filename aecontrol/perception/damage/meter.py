@@ -22,6 +22,8 @@ Pixels = NDArray[np.generic]
 
 GAIN_SD = 0.3
 """Of the learned metric, as ``tests/benchmarks/damage_gain.py`` finds it on lattices that training never saw."""
+METRIC_SD = 0.05
+"""Of the learned metric: how far a frame's mean score lies off its gain's line, from the same script."""
 LEAST_COUNTS = 3.0
 """Of the learned metric: the darkest frames of its training. On darker ones it sees nothing, whatever there is."""
 BRIGHT = 0.98
@@ -52,13 +54,15 @@ MOST_RESIDUAL_PX = 0.3
 class Meter:
     """A metric with all that makes its scores comparable. ``version`` changes whenever the numbers may. ``gain_sd``:
     standard deviation of the logarithm of score over damaged fraction; None for a metric that does not estimate it.
-    ``least_counts``: in the brightest pixels of either frame; with fewer it says nothing."""
+    ``metric_sd``: of what the score of a whole frame is off by beyond that. ``least_counts``:
+    in the brightest pixels of either frame; with fewer it says nothing."""
 
     name: str
     metric: Metric
     version: str
     sha256: str = ""
     gain_sd: float | None = None
+    metric_sd: float = 0.0
     least_counts: float = 0.0
 
     def read(
@@ -163,7 +167,9 @@ def build_meter(name: str, device: str, weights: Path | None = None) -> Meter:
         from .learned import LearnedDamage
 
         learned = LearnedDamage(weights, device)
-        return Meter(name, learned, f"{VERSION} {learned.sha256[:16]}", learned.sha256, GAIN_SD, LEAST_COUNTS)
+        return Meter(
+            name, learned, f"{VERSION} {learned.sha256[:16]}", learned.sha256, GAIN_SD, METRIC_SD, LEAST_COUNTS
+        )
     from .features import NAMED, build_metric
 
     if name not in NAMED:
