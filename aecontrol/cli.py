@@ -191,7 +191,7 @@ def damage(
     asked = {"pixel_size_nm": pixel_size_nm, "dose_per_frame": dose_per_frame, "metric": metric, "channel": channel}
     request = validate(Request, {**asked, "limit_nm": limit_nm, "weights": weights}, "damage")
     with _bar("comparing", json_out) as progress:
-        result = judge(series, request, out, _torch_device(device, os.cpu_count() or 1), progress)
+        result = judge(series, request, out, _torch_device(device), progress)
     print(json.dumps(result["contract"]) if json_out else "\n".join(summary_lines(result)))
 
 

@@ -55,7 +55,7 @@ def _maps(judged: Judged, frames: Floats) -> Figure:
     for column, k in enumerate(shown):
         above, below = axes[:, column]
         above.imshow(coarse(frames[k], WHOLE_PX), cmap="gray", vmin=low, vmax=high, extent=extent)
-        above.set_title(f"frame {k + 1}" + ("" if judged.series.dose is None else f", {_dose(judged, k)}"))
+        above.set_title(f"frame {k}" + ("" if judged.series.dose is None else f", {_dose(judged, k)}"))
         for ax in (above, below):
             ax.set(xticks=[], yticks=[], xlim=extent[:2], ylim=extent[2:])
         if k == 0:

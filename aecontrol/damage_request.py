@@ -44,7 +44,7 @@ def read_series(paths: Sequence[Path], request: Request) -> Series:
     sizes = {picture.pixel_size_nm for picture in pictures}
     known = sorted(size for size in sizes if size is not None)
     if known and (known[-1] > 1.01 * known[0] or None in sizes) and request.pixel_size_nm is None:
-        said = ", ".join("unknown" if size is None else f"{size:g}" for size in sizes)
+        said = ", ".join([*(f"{size:g}" for size in known), *(["unknown"] if None in sizes else [])])
         raise BadInput(f"pixel sizes differ: {said} nm", "give frames of one pixel size, or --pixel-size-nm")
     shapes = {picture.array.shape[1:] for picture in pictures}
     if len(shapes) > 1:

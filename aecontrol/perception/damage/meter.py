@@ -46,8 +46,8 @@ REPEATS = 4000
 """Undamaged patches that a null rests on at least, where few draws show as many."""
 FEWEST, MOST = 4, 12
 """Draws of the null, whatever the size of the frame."""
-MOST_RESIDUAL_PX = 0.3
-"""Frames that registration may have left further apart than this are not compared."""
+MOST_SIGMA_PX = 0.3
+"""Frames whose shift is less sure than this are not compared."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,8 @@ def compare(
         return Comparison(first.shape, Registration.none(reason))
     a, b = in_counts(first), in_counts(later)
     found = register(a, b, pixel_size_nm, limit_nm, expected_px)
-    if not found.reason and found.residual_px > MOST_RESIDUAL_PX:
-        found = Registration.none(
-            f"registration may be off by {found.residual_px:.2f} px, more than {MOST_RESIDUAL_PX:g}"
-        )
+    if not found.reason and found.sigma_px > MOST_SIGMA_PX:
+        found = Registration.none(f"registration may be off by {found.sigma_px:.2f} px, more than {MOST_SIGMA_PX:g}")
     if found.reason:
         return Comparison(first.shape, found)
     pair = Pair.of(a, found.apply(b), found.valid(a.shape))
