@@ -4,7 +4,7 @@ Score of a patch between two exposures, with A the metric's gain and F_p the cri
 
     score = A (exp(-(F_first / F_p)^k) - exp(-(F_later / F_p)^k)) + error shared by the pair of frames + own error
 
-    log F ~ Normal(log reference, 2), log F_p ~ Normal(log F, 0.5); A ~ LogNormal(0, gain_sd) where the metric is
+    log F ~ Normal(log reference, 2), log F_p ~ Normal(log F, 1.5); A ~ LogNormal(0, gain_sd) where the metric is
     calibrated, else HalfNormal(1); s.d. of the shared errors ~ HalfNormal(0.3 median null s.d. and metric_sd together).
 
 The s.d. of a patch's own error is that of an undamaged patch or, where the patches of a pair scatter more than that
@@ -38,12 +38,13 @@ from aecontrol.errors import BadInput
 from .evidence_table import check_evidence, means_of
 from .response import Evidence, Response
 
-BETWEEN_SPECIMENS, BETWEEN_PHASES = 2.0, 0.5
+BETWEEN_SPECIMENS, BETWEEN_PHASES = 2.0, 1.5
 """Prior s.d. of log F, and of log F_p about it."""
 SHARED = 0.3
 """Prior scale of the error that the patches of a pair of frames share, in null s.d. of one patch."""
 _NUDGE = 1.0 + 1e-4  # of a parameter, for a difference quotient
 _POPULATIONS, _POINTS = 4, 256
+_ALIKE, _MORE = 1.05, 16  # r_hat from which on so many times the points are taken
 _MOVES, _LAST_MOVES = 6, 24
 _KEPT = 0.5  # share of the points that a step towards the posterior leaves effective
 
@@ -70,7 +71,9 @@ def fit_response(
     check_evidence(evidence, len(phases))
     table = _table(evidence, len(phases), math.log(reference_e_per_A2), exponent, gain_sd, metric_sd)
     if len(table.mean):
-        points, diagnostics = _climb(table, seed)
+        points, diagnostics = _climb(table, seed, _POINTS)
+        if diagnostics["r_hat"] > _ALIKE:  # several explanations: more points weigh them against each other
+            points, diagnostics = _climb(table, seed, _MORE * _POINTS)
         points = points[torch.linspace(0, len(points) - 1, draws, dtype=torch.float64).round().long()]
     else:
         points, diagnostics = _sobol(draws, table.unknowns, seed), {}
@@ -275,10 +278,11 @@ def _scores(table: _Table, points: Tensor) -> tuple[Tensor, Tensor]:
     return sites.nodes["point"]["log_prob"], sites.nodes["scores"]["log_prob"]
 
 
-def _climb(table: _Table, seed: int) -> tuple[Tensor, dict[str, float]]:
-    """Populations from the prior to the posterior: their points [n, d], interleaved, and diagnostics."""
+def _climb(table: _Table, seed: int, size: int) -> tuple[Tensor, dict[str, float]]:
+    """Populations of ``size`` points from the prior to the posterior: their points [n, d], interleaved, and
+    diagnostics."""
     generator = torch.Generator().manual_seed(seed)
-    points = _sobol(_POPULATIONS * _POINTS, table.unknowns, seed).reshape(_POPULATIONS, _POINTS, -1)
+    points = _sobol(_POPULATIONS * size, table.unknowns, seed).reshape(_POPULATIONS, size, -1)
     _, likelihood = _scores(table, points)
     weight, evidence = 0.0, 0.0
     while weight < 1.0:
@@ -291,7 +295,7 @@ def _climb(table: _Table, seed: int) -> tuple[Tensor, dict[str, float]]:
         points, likelihood, accepted = _move(table, points, weight, generator)
     last = 1.0 - float(_correlation(start, points).max()) ** 2
     mean, variance = points.mean(1), points.var(1).mean(0)
-    r_hat = torch.sqrt(1.0 - 1.0 / _POINTS + mean.var(0) / variance).max()
+    r_hat = torch.sqrt(1.0 - 1.0 / size + mean.var(0) / variance).max()
     return points.transpose(0, 1).flatten(0, 1), {
         "r_hat": float(r_hat),
         "effective_draws": last * likelihood.numel(),
