@@ -4,8 +4,8 @@ patch, and estimates the share of the matter in the patch that was removed or di
 The encoder works at a quarter of the resolution, so that a patch of 20 pixels is 5 x 5 of its cells, and a whole frame
 takes one pass. What it made of a patch is pooled inside the patch. The head then also sees the eight patches around it
 (damage seldom comes alone; at low dose they decide), the mean over all patches (a change of focus or a shift looks the
-same everywhere) and the level of shot noise. For inference, normalisations are folded into the
-convolutions, and these are computed in bfloat16: twice as fast on processors and GPUs that multiply such numbers.
+same everywhere), the level of shot noise, and what the classical metrics rest on. For inference, normalisations are
+folded into the convolutions, and these are computed in bfloat16: twice as fast where such numbers are multiplied.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Siamese(nn.Module):
             bell = self.bell[None, None, None]
             smooth = functional.conv2d(halved, bell, padding=(0, len(self.bell) // 2))
             smooth = functional.conv2d(smooth, bell.movedim(3, 2), padding=(len(self.bell) // 2, 0))
-            smooth = smooth.unflatten(0, (-1, 2))[:, :, 0]
+            smooth = smooth.reshape(-1, 2, *smooth.shape[2:])
             change = (smooth[:, :1] - smooth[:, 1:]).square() / noise.square().sum(1)[:, None, None, None]
             mean = functional.avg_pool2d(smooth, PATCH_PX // 2)
             variance = functional.avg_pool2d(smooth.square(), PATCH_PX // 2) - mean.square()
