@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,8 @@ from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from aecontrol.errors import BadInput
-from aecontrol.perception.damage.classical import pooled
-from aecontrol.perception.damage.features import NAMED, FeatureSettings, build_metric
+from aecontrol.perception.damage.classical import Metric, pooled
+from aecontrol.perception.damage.features import NAMED, FeatureMetric, FeatureSettings, build_metric
 from aecontrol.perception.damage.learned import LearnedDamage
 from aecontrol.perception.damage.meter import METRICS, build_meter
 from aecontrol.perception.damage.pair import Pair
@@ -55,14 +55,18 @@ OURS = ("learned",)
 DOSES = (0.0, 0.03, 0.07, 0.12, 0.2, 0.3, 0.45, 0.6, 0.8)
 
 Floats = NDArray[np.float64]
-Metric = Callable[[Floats, Floats], Floats]
 Table = dict[str, dict[str, Floats]]
 """Measure -> metric -> values [lattices, seeds]."""
 
 
-def of_pairs(metric: Callable[[Pair], Floats]) -> Metric:
-    """A metric of pairs as one of two frames."""
-    return lambda first, later: metric(Pair.of(first, later, np.ones(first.shape, dtype=bool)))
+def as_pair(first: Floats, later: Floats) -> Pair:
+    """Two frames, as they lie."""
+    return Pair.of(first, later, np.ones(first.shape, dtype=bool))
+
+
+def of_frames(features: FeatureMetric) -> Metric:
+    """A metric of two frames as one of pairs."""
+    return lambda pair: features(pair.first, pair.later)
 
 
 def compared(weights: Path | None, words: list[str]) -> dict[str, Metric]:
@@ -75,14 +79,14 @@ def compared(weights: Path | None, words: list[str]) -> dict[str, Metric]:
         except BadInput as error:
             print(f"left out: {name}: {error}")
             continue
-        metrics[name] = of_pairs(meter.metric)
+        metrics[name] = meter.metric
         if name == "learned":
-            metrics["learned-pooled"] = of_pairs(pooled(meter.metric))
+            metrics["learned-pooled"] = pooled(meter.metric)
     for kind in ("imagenet", "random-control"):
         for what, how in (("native", AS_PUBLISHED), ("early, whitened", EARLY), ("centred", CENTRED)):
             settings = FeatureSettings(backbone="efficientnet_lite0", weights=kind, dense=True, **how)
             try:
-                metrics[f"efficientnet, {kind}, {what}"] = build_metric(settings)
+                metrics[f"efficientnet, {kind}, {what}"] = of_frames(build_metric(settings))
             except BadInput as error:
                 print(f"left out: efficientnet, {kind}, {what}: {error}")
     return {name: metric for name, metric in metrics.items() if any(word in name for word in words)}
@@ -91,9 +95,9 @@ def compared(weights: Path | None, words: list[str]) -> dict[str, Metric]:
 def patchwise(learned: LearnedDamage) -> Metric:
     """The same network, its encoder run on every patch by itself in place of the whole frame."""
 
-    def cut(first: Floats, later: Floats) -> Floats:
-        rows, cols = (n // PATCH for n in first.shape)
-        frame = np.stack([first, later])[None, :, : rows * PATCH, : cols * PATCH].astype(np.float32)
+    def cut(pair: Pair) -> Floats:
+        rows, cols = (n // PATCH for n in pair.first.shape)
+        frame = np.stack([pair.first, pair.later])[None, :, : rows * PATCH, : cols * PATCH].astype(np.float32)
         net = learned.network
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             seen, noise = standardised(torch.from_numpy(frame))
@@ -113,9 +117,10 @@ def measured(metrics: Mapping[str, Metric], condition: Condition, seeds: list[in
     table: Table = {name: {m: np.zeros((len(SPECIMENS), len(seeds))) for m in metrics} for name in names}
     for i, lattice in enumerate(SPECIMENS):
         pairs = [frames(lattice, seed, condition) for seed in seeds]
+        seen = [(as_pair(pair.first, pair.later), as_pair(pair.first, pair.repeat)) for pair in pairs]
         for name, metric in metrics.items():
-            scores = [metric(pair.first, pair.later) for pair in pairs]
-            limit = float(np.quantile([metric(pair.first, pair.repeat) for pair in pairs], 0.99))
+            scores = [metric(damaged) for damaged, _ in seen]
+            limit = float(np.quantile([metric(repeat) for _, repeat in seen], 0.99))
             for j, (pair, score) in enumerate(zip(pairs, scores, strict=True)):
                 for measure, value in _judged(pair, score, limit).items():
                     table[measure][name][i, j] = value
@@ -187,10 +192,10 @@ def dose_series(metrics: Mapping[str, Metric], seeds: list[int]) -> None:
         for lattice in SPECIMENS:
             for seed in seeds:
                 images, truth = series(lattice, seed, 20.0, DOSES)
-                scores = [metric(images[0], image).mean() for image in images[1:]]
+                scores = [metric(as_pair(images[0], image)).mean() for image in images[1:]]
                 ranks.append(spearmanr(scores, [t.mean() for t in truth[1:]]).statistic)
                 still, _ = series(lattice, seed, 20.0, (0.0,) * len(DOSES))
-                flat = np.array([metric(still[0], image).mean() for image in still[1:]])
+                flat = np.array([metric(as_pair(still[0], image)).mean() for image in still[1:]])
                 slope = np.polyfit(np.arange(len(flat)), flat, 1)[0]
                 drifts.append(abs(slope) * (len(flat) - 1) / flat.std(ddof=1))
         print(f"{name:34} {np.mean(ranks):6.3f} (least {np.min(ranks):.3f})  {np.median(drifts):.2f}", flush=True)

@@ -4,8 +4,8 @@ patch, and estimates the share of the matter in the patch that was removed or di
 The encoder works at a quarter of the resolution, so that a patch of 20 pixels is 5 x 5 of its cells, and a whole frame
 takes one pass. What it made of a patch is pooled inside the patch. The head then also sees the eight patches around it
 (damage seldom comes alone; at low dose they decide), the mean over all patches (a change of focus or a shift looks the
-same everywhere) and the level of shot noise. For inference, normalisations are folded into the
-convolutions, and these are computed in bfloat16: twice as fast on processors and GPUs that multiply such numbers.
+same everywhere), the level of shot noise, and what the classical metrics rest on. For inference, normalisations are
+folded into the convolutions, and these are computed in bfloat16: twice as fast where such numbers are multiplied.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Siamese(nn.Module):
     damage at all."""
 
     half_precision = True
+    bell: Tensor
 
     def __init__(self, size: int = 32) -> None:
         super().__init__()
@@ -98,9 +99,11 @@ class Siamese(nn.Module):
         wide = 3 * size // 2
         self.meet = _Block(3 * size, wide, 1)
         self.compare = _Block(wide, wide)
-        self.patch = nn.Conv2d(2 * wide + 2, wide, 1)
+        self.patch = nn.Conv2d(2 * wide + 5 + 2, wide, 1)
         self.around = nn.Conv2d(wide, wide, 3, padding=1)
         self.head = nn.Sequential(nn.Conv2d(3 * wide, wide, 1), nn.ReLU(), nn.Conv2d(wide, 3, 1))
+        steps = torch.arange(-3.0, 4.0)
+        self.register_buffer("bell", torch.softmax(-0.5 * steps**2, 0), persistent=False)  # 1 pixel of the halved frame
         nn.init.zeros_(self.by_noise.weight)
         nn.init.zeros_(self.by_noise.bias)
 
@@ -116,7 +119,23 @@ class Siamese(nn.Module):
         a, b = embedded[::2], embedded[1::2]
         both = functional.relu(self.meet(torch.cat([a - b, (a - b).abs(), a + b], 1)), inplace=True)
         both = functional.relu(both + self.compare(both), inplace=True)
-        return torch.cat([functional.avg_pool2d(both, CELLS), functional.max_pool2d(both, CELLS)], 1)
+        pooled = functional.avg_pool2d(both, CELLS), functional.max_pool2d(both, CELLS)
+        return torch.cat([*(features.float() for features in pooled), self.plainly(seen[:, :, 0], noise)], 1)
+
+    def plainly(self, counts: Tensor, noise: Tensor) -> Tensor:
+        """What a likelihood ratio and structural similarity rest on [n, 5, rows, cols], from standardised counts
+        [n, 2, h, w], smoothed: mean and largest squared difference over its noise, variance of either frame, mean."""
+        with torch.autocast(counts.device.type, enabled=False):
+            halved = functional.avg_pool2d(counts, 2).flatten(0, 1)[:, None]
+            bell = self.bell[None, None, None]
+            smooth = functional.conv2d(halved, bell, padding=(0, len(self.bell) // 2))
+            smooth = functional.conv2d(smooth, bell.movedim(3, 2), padding=(len(self.bell) // 2, 0))
+            smooth = smooth.reshape(-1, 2, *smooth.shape[2:])
+            change = (smooth[:, :1] - smooth[:, 1:]).square() / noise.square().sum(1)[:, None, None, None]
+            mean = functional.avg_pool2d(smooth, PATCH_PX // 2)
+            variance = functional.avg_pool2d(smooth.square(), PATCH_PX // 2) - mean.square()
+            differing = functional.avg_pool2d(change, PATCH_PX // 2), functional.max_pool2d(change, PATCH_PX // 2)
+            return torch.cat([*((x + 1e-4).log() for x in differing), (variance + 1e-3).log(), mean[:, :1]], 1)
 
     def judged(self, compared: Tensor, noise: Tensor) -> Tensor:
         """The output from what was compared, in full precision."""
