@@ -15,8 +15,6 @@ EVERYWHERE = 0.6
 """From this share of flagged patches on the whole frame has changed."""
 POOR_PX = 0.15
 """Registration that may be off by more than this is mentioned."""
-NOTICED = 2.33
-"""Standard deviations of the null from which 1 % of undamaged patches are flagged."""
 
 
 def conclusions(judged: Judged) -> list[str]:
@@ -38,7 +36,6 @@ def conclusions(judged: Judged) -> list[str]:
 def _seen(valid: list[tuple[int, DamageReading]], limit_nm: float) -> Iterator[str]:
     for k, reading in valid:
         flagged = float(reading.flagged[reading.valid].mean())
-        noticed = NOTICED * float(np.median(reading.sd[reading.valid]))
         unit = "of its matter" if reading.metric == "learned" else f"in units of {reading.metric}"
         if flagged:
             yield (
@@ -47,8 +44,8 @@ def _seen(valid: list[tuple[int, DamageReading]], limit_nm: float) -> Iterator[s
             )
         else:
             yield (
-                f"Frame {k} shows no change in any patch; a patch that had changed by {noticed:.2g} {unit} would have "
-                "been noticed in half of the cases, before correction for the number of patches."
+                f"Frame {k} shows no change in any patch beyond noise, focus, dose and shift; how small a change would "
+                "have been noticed was not measured."
             )
 
 

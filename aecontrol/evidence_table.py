@@ -2,9 +2,11 @@
 
 Comparisons with one first frame share half of the variance of the null, that frame's noise. They also look at the same
 bond units, finite in number: of those broken by the earlier of two looks none is whole in the later. If p and q > p are
-the shares broken since the first frame, sampling N units gives Cov = p (1 - q) / N, which is the excess variance
-p (1 - p) / N seen in the scatter of the earlier look times (1 - q) / (1 - p). Errors of a whole frame (registration,
-contrast), unlike those of patches, do not average out: half of their variance is the first frame's, half the later's.
+the shares broken since the first frame, sampling N units gives Cov = p (1 - q) / N, which is the variance p (1 - p) / N
+of the earlier look times (1 - q) / (1 - p). That variance is at least what the scatter of the patches shows; units that
+reach over several patches show less there than they add to the mean, so their number counts where it is known. Errors
+of a whole frame (registration, contrast), unlike those of patches, do not average out: half of their variance is the
+first frame's, half the later's.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class Means:
 
 @dataclass(frozen=True)
 class _Row:
-    """One mean: the number of its comparison, what it was compared with, its variances by null and by excess."""
+    """One mean: the number of its comparison, what it was compared with, its variances by null and by what the patches
+    scatter beyond it, bond units in it."""
 
     pair: int
     phase: int
@@ -52,6 +55,7 @@ class _Row:
     mean: float
     null: float
     excess: float
+    units: float
 
 
 def check_evidence(evidence: Sequence[Evidence], phases: int) -> None:
@@ -66,6 +70,8 @@ def check_evidence(evidence: Sequence[Evidence], phases: int) -> None:
             raise BadInput("evidence holds numbers that are not finite", "leave patches out that are not valid")
         if (np.asarray(part.first) < 0.0).any() or (np.asarray(part.later) < part.first).any():
             raise BadInput("fluence of evidence is negative or falls", "give 0 <= first <= later, e/A^2")
+        if not part.units > 0.0:
+            raise BadInput(f"evidence has {part.units} bond units in a patch", "give a number above 0, or inf")
         if (np.asarray(part.sd) <= 0.0).any():
             raise BadInput("the null of evidence has a standard deviation of 0", "give that of an undamaged patch")
 
@@ -79,17 +85,19 @@ def means_of(evidence: Sequence[Evidence], calibrated: bool) -> Means:
     mean = np.array([row.mean for row in rows])
     top = 1.0 if calibrated else max(mean.max(initial=0.0), 1e-9) / _MOST_BROKEN
     broken = np.clip(mean / top, 0.0, _MOST_BROKEN)
+    units = np.array([row.units for row in rows])
+    chance = np.maximum([row.excess for row in rows], broken * (1.0 - broken) / units)
     error, shared = np.zeros((2, len(rows), len(rows)))
     for i, row in enumerate(rows):
         for j, other in enumerate(rows):
             same_frame = bool(row.group[0]) and row.group[0] == other.group[0]
             shared[i, j] = 0.5 * (row.pair == other.pair) + 0.5 * (row.pair == other.pair or same_frame)
             if i == j:
-                error[i, j] = row.null + row.excess
+                error[i, j] = row.null + chance[i]
             elif same_frame and row.pair != other.pair and row.group == other.group:
                 early, late = (i, j) if broken[i] <= broken[j] else (j, i)
                 error[i, j] = 0.5 * min(row.null, other.null)
-                error[i, j] += rows[early].excess * (1.0 - broken[late]) / (1.0 - broken[early])
+                error[i, j] += chance[early] * (1.0 - broken[late]) / (1.0 - broken[early])
     return Means(
         np.array([row.phase for row in rows], dtype=np.int64),
         np.array([row.first for row in rows]),
@@ -123,7 +131,9 @@ def _rows(part: Evidence, pair: int, excess: float) -> Iterator[_Row]:
         share = weight[group] / weight[group].sum()
         first, later, mean = (float(share @ values[group]) for values in (part.first, part.later, part.score))
         null, scatter = float(share**2 @ part.sd[group] ** 2), float(excess * (share @ share))
-        yield _Row(pair, part.phase, (part.frame, part.phase, key), first, later, mean, null, scatter)
+        yield _Row(
+            pair, part.phase, (part.frame, part.phase, key), first, later, mean, null, scatter, len(group) * part.units
+        )
 
 
 def _excess_variance(pairs: Sequence[Evidence]) -> list[float]:

@@ -5,7 +5,7 @@ Score of a patch between two exposures, with A the metric's gain and F_p the cri
     score = A (exp(-(F_first / F_p)^k) - exp(-(F_later / F_p)^k)) + error shared by the pair of frames + own error
 
     log F ~ Normal(log reference, 2), log F_p ~ Normal(log F, 0.5); A ~ LogNormal(0, gain_sd) where the metric is
-    calibrated, else HalfNormal(1); s.d. of the shared errors ~ HalfNormal(0.3 median null s.d.).
+    calibrated, else HalfNormal(1); s.d. of the shared errors ~ HalfNormal(0.3 median null s.d. and metric_sd together).
 
 The s.d. of a patch's own error is that of an undamaged patch or, where the patches of a pair scatter more than that
 about each other, what they scatter: damage comes in whole bond units. Patches of a pair whose fluences agree within 2 %
@@ -54,19 +54,21 @@ def fit_response(
     reference_e_per_A2: float,
     exponent: float = 1.0,
     gain_sd: float | None = None,
+    metric_sd: float = 0.0,
     seed: int = 0,
     draws: int = 128,
 ) -> Response:
     """The posterior of the critical fluences of ``phases`` and of the metric's gain, given one :class:`Evidence` for
     each phase in each pair of frames; without patches, the prior. ``gain_sd``: s.d. of the logarithm of the gain of a
-    metric calibrated to damaged fraction, from its model card; None: not calibrated. Repeatable: depends on ``seed``.
+    metric calibrated to damaged fraction, from its model card; None: not calibrated. ``metric_sd``: s.d. of what the
+    metric is off by for a whole pair of frames, beyond noise and gain. Repeatable: depends on ``seed``.
 
     Diagnostics: ``r_hat`` between independent populations (trust below 1.05), ``effective_draws``, ``acceptance``,
     ``log_evidence``, ``shared_sd`` of the error of a pair. Raises BadInput for input that no fit can use.
     """
     _check(phases, reference_e_per_A2, exponent, gain_sd, draws)
     check_evidence(evidence, len(phases))
-    table = _table(evidence, len(phases), math.log(reference_e_per_A2), exponent, gain_sd)
+    table = _table(evidence, len(phases), math.log(reference_e_per_A2), exponent, gain_sd, metric_sd)
     if len(table.mean):
         points, diagnostics = _climb(table, seed)
         points = points[torch.linspace(0, len(points) - 1, draws, dtype=torch.float64).round().long()]
@@ -81,8 +83,13 @@ def fit_response(
         tested_e_per_A2=tuple(_tested(evidence, phase) for phase in range(len(phases))),
         patches=sum(len(part.score) for part in evidence),
         method="sequential Monte Carlo" if diagnostics else "prior",
-        diagnostics=diagnostics if gain_sd is None or not diagnostics else diagnostics | {"gain_sd": gain_sd},
+        diagnostics=diagnostics and diagnostics | _told(gain_sd, metric_sd),
     )
+
+
+def _told(gain_sd: float | None, metric_sd: float) -> dict[str, float]:
+    """What the fit was told of the metric, as :func:`criticise` needs it."""
+    return {"metric_sd": metric_sd} | ({} if gain_sd is None else {"gain_sd": gain_sd})
 
 
 def criticise(response: Response, evidence: Sequence[Evidence]) -> float:
@@ -97,7 +104,8 @@ def criticise(response: Response, evidence: Sequence[Evidence]) -> float:
     from scipy.stats import chi2
 
     gain_sd = response.diagnostics.get("gain_sd")
-    table = _table(evidence, len(response.phases), 0.0, response.exponent, gain_sd)
+    metric_sd = response.diagnostics.get("metric_sd", 0.0)
+    table = _table(evidence, len(response.phases), 0.0, response.exponent, gain_sd, metric_sd)
     if not len(table.mean):
         return 1.0
     critical = torch.tensor(response.critical_fluence_e_per_A2, dtype=torch.float64).T
@@ -219,7 +227,12 @@ def _tested(evidence: Sequence[Evidence], phase: int) -> float:
 
 
 def _table(
-    evidence: Sequence[Evidence], phases: int, log_reference: float, exponent: float, gain_sd: float | None
+    evidence: Sequence[Evidence],
+    phases: int,
+    log_reference: float,
+    exponent: float,
+    gain_sd: float | None,
+    metric_sd: float,
 ) -> _Table:
     """Evidence as means, and the coordinates in which their errors are independent."""
     means = means_of(evidence, gain_sd is not None)
@@ -240,7 +253,7 @@ def _table(
         log_reference,
         exponent,
         gain_sd,
-        SHARED * means.null_sd,
+        math.hypot(SHARED * means.null_sd, metric_sd),
     )
 
 

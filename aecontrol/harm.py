@@ -132,12 +132,13 @@ class Harm:
             after = after._with_surplus(event, keys)
         return after
 
-    def evidence(self, event: DamageMeasured, scores: NDArray[np.float64], keys: Keys) -> Evidence:
-        """A comparison as the fit takes it; ``scores`` is the table that the event names."""
+    def evidence(self, event: DamageMeasured, scores: NDArray[np.float64], patch_nm2: float, keys: Keys) -> Evidence:
+        """A comparison as the fit takes it; ``scores`` is the table that the event names, of patches that large."""
         assert event.first is not None
         first, later = _fluences(scores[:, :2], event.first, event.key, keys)
         phase = int(np.bincount(self._phases(scores[:, :2])).argmax())
-        return Evidence(phase, first, later, scores[:, 2], scores[:, 3], event.first)
+        units = self.plan.sites_per_nm2 * patch_nm2
+        return Evidence(phase, first, later, scores[:, 2], scores[:, 3], event.first, units)
 
     def middle(self, event: DamageMeasured, keys: Keys) -> tuple[int, float, float]:
         """Phase in the middle of the place of a comparison, and the fluences there in the middle of its two exposures,

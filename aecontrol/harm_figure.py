@@ -74,11 +74,16 @@ def _draw_map(ax: Axes, record: Record, harm: Harm) -> None:
     ax.set(xlim=(0, wide), ylim=(high, 0), xticks=[], yticks=[], title="expected share of the matter damaged")
     for spine in ax.spines.values():
         spine.set_visible(False)
-    boxes = [(area.center_nm, area.fov_nm, area.name) for area in harm.areas]
-    boxes += [(place.center_nm, harm.plan.fov_nm, f"reference: {place.phase}") for place in harm.plan.references]
-    for (x, y), (w, h), name in boxes:
+    for area in harm.areas:
+        (x, y), (w, h) = area.center_nm, area.fov_nm
         ax.add_patch(Rectangle((x - w / 2, y - h / 2), w, h, fill=False, ec="white", lw=1.2))
-        label(ax, (x, y), name, 7)
+        label(ax, (x, y), area.name, 7)
+    for k, place in enumerate(harm.plan.references):
+        (x, y), (w, h) = place.center_nm, harm.plan.fov_nm
+        name = "sacrificed places" if k == 0 else None
+        ax.add_patch(Rectangle((x - w / 2, y - h / 2), w, h, fill=False, ec="#E69F00", lw=1.5, label=name))
+    if harm.plan.references:
+        ax.legend(loc="lower right")
     if ax.figure is not None:
         ax.figure.colorbar(shown, ax=ax, shrink=0.85)
     scale_bar(ax)

@@ -5,6 +5,7 @@ Nothing here exposes anything; the same frames give the same answer, so that ``v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from aecontrol.commands import MeasureDamage, MeasureDrift
 from aecontrol.drift import measure_shift
 from aecontrol.durable import load_npy, npy_bytes, sha256_hex, write_durable
-from aecontrol.errors import StorageFault
+from aecontrol.errors import BadInput, StorageFault
 from aecontrol.events import DamageMeasured, DriftMeasured, ResponseFitted
 from aecontrol.state import State
 from aecontrol.types import ArrayRef, Frame, Plan, ScanRegion
@@ -55,6 +56,10 @@ class Meter(Protocol):
     def gain_sd(self) -> float | None:
         """Standard deviation of the logarithm of score over damaged fraction; None for a metric that does not estimate
         the fraction."""
+
+    @property
+    def metric_sd(self) -> float:
+        """Standard deviation of what the score of a whole frame is off by, beyond noise and gain."""
 
     def read(
         self,
@@ -123,11 +128,17 @@ def measure_damage(folder: Path, command: MeasureDamage, state: State, meter: Me
     if first is None or command.first_frame is None:
         return nothing.model_copy(update={"reason": "the first frame of its place"})
     before, after = _image(folder, command.first_frame), _image(folder, frame)
-    reading = meter.read(before, after, frame.region.pixel_size_nm, state.plan.damage.limit_nm)
-    if reading.reason or reading.valid.sum() < LEAST_PATCHES:
-        few = f"{int(reading.valid.sum())} patches can be compared, {LEAST_PATCHES} are needed"
+    try:
+        reading = meter.read(before, after, frame.region.pixel_size_nm, state.plan.damage.limit_nm)
+    except BadInput as error:  # frames that this metric cannot compare
+        return nothing.model_copy(update={"reason": error.what})
+    inner = np.zeros_like(reading.valid)
+    # less of the beam's tails falls on the rim, and on halves of bond units only
+    inner[1:-1, 1:-1] = reading.valid[1:-1, 1:-1]
+    if reading.reason or inner.sum() < LEAST_PATCHES:
+        few = f"{int(inner.sum())} patches inside the rim can be compared, {LEAST_PATCHES} are needed"
         return nothing.model_copy(update={"reason": reading.reason or few})
-    row, col = np.nonzero(reading.valid)
+    row, col = np.nonzero(inner)
     places = _centres_nm(frame.region, row, col)
     scores = np.column_stack([places, reading.score[row, col], reading.sd[row, col]])
     return nothing.model_copy(
@@ -140,30 +151,42 @@ def measure_damage(folder: Path, command: MeasureDamage, state: State, meter: Me
 
 
 def meter_of(plan: Plan, device: str) -> Meter | None:
-    """The meter that a plan asks for, ready; None where damage is not measured. Raises BadInput."""
+    """The meter that a plan asks for, ready; None where damage is not measured. Raises BadInput, also for a metric that
+    does not estimate the damaged fraction: what it shows is no damage in nm^2 until everything is broken."""
     if plan.damage is None:
         return None
     from aecontrol.perception.damage.meter import build_meter
+    from aecontrol.perception.device import resolve
 
-    return build_meter(plan.damage.metric, device)
+    meter = build_meter(plan.damage.metric, resolve(device))
+    if meter.gain_sd is None:
+        raise BadInput(
+            f"damage.metric = {plan.damage.metric!r} tells where damage is, not how much",
+            "charge by the metric 'learned'; `aecontrol damage` compares them all on the stored frames",
+        )
+    return meter
 
 
 def fit(folder: Path, state: State, meter: Meter) -> ResponseFitted:
     """The response that all measurements so far support. Raises StorageFault."""
     from aecontrol.fit_response import fit_response
+    from aecontrol.perception.damage.reading import PATCH_PX
 
     harm = state.harm
     assert harm is not None
     evidence = []
     for event in harm.usable:
         assert event.scores is not None
-        evidence.append(harm.evidence(event, np.asarray(load_array(folder, event.scores), np.float64), state.keys))
+        scores = np.asarray(load_array(folder, event.scores), np.float64)
+        patch_nm2 = math.prod(state.keys[event.key].region.pixel_size_nm) * PATCH_PX**2
+        evidence.append(harm.evidence(event, scores, patch_nm2, state.keys))
     response = fit_response(
         evidence,
         harm.response.phases,
         harm.plan.critical_fluence_e_per_A2,
         harm.plan.exponent,
         meter.gain_sd,
+        meter.metric_sd,
         seed=state.seed,
     )
     return ResponseFitted(response=response, measurements=len(evidence))

@@ -11,6 +11,7 @@ saturates: then the straight line F / F_c (for k = 1) stands for d, which it bou
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -33,8 +34,9 @@ Draws = Annotated[tuple[Positive, ...], Field(min_length=1)]
 class Evidence:
     """Patches of one phase, compared between two exposures. ``phase`` indexes ``Response.phases``; ``first`` and
     ``later`` [n] e/A^2: fluence at the patch in the middle of either exposure; ``score`` [n]: excess of the metric over
-    its null; ``sd`` [n]: standard deviation of the score of an undamaged patch; ``frame``: name of the first
-    frame, whose noise all comparisons with it share ('': no other is compared with it)."""
+    its null; ``sd`` [n]: standard deviation of the score of an undamaged patch; ``frame``: name of the first frame,
+    whose noise all comparisons with it share ('': no other is compared with it); ``units``: atoms or bond units in a
+    patch that break by themselves, infinite where that is not known."""
 
     phase: int
     first: Floats
@@ -42,6 +44,7 @@ class Evidence:
     score: Floats
     sd: Floats
     frame: str = ""
+    units: float = math.inf
 
 
 class Response(Model):

@@ -346,10 +346,10 @@ class DamagePlan(Model):
     that the response of each phase is fitted, and from the response what an exposure would harm.
     """
 
-    metric: str = Field("learned", description="how frames are compared: 'learned', 'glr', ...")
+    metric: str = Field("learned", description="how frames are compared; it must estimate the damaged fraction")
     references: tuple[ReferencePlan, ...] = Field((), description="sacrificed places; none: the prior is all there is")
-    fov_nm: tuple[Side, Side] = Field((3.0, 3.0), description="width and height of a reference place, nm")
-    shape: tuple[PositiveInt, PositiveInt] = Field((120, 120), description="(rows, columns) of its frames")
+    fov_nm: tuple[Side, Side] = Field((4.0, 4.0), description="width and height of a reference place, nm")
+    shape: tuple[PositiveInt, PositiveInt] = Field((160, 160), description="(rows, columns) of its frames")
     dwell_time_s: Dwell = Field(1e-5, description="dwell time per pixel of its frames, s")
     exposures: Annotated[int, Field(ge=2, le=100)] = Field(5, description="frames of each place before the session")
     every: Count = Field(0, description="one more frame of the next place after so many sub-scans; 0: never")
@@ -376,6 +376,12 @@ class DamagePlan(Model):
     limit_nm: Positive = Field(
         0.1, description="farthest that a later frame may lie from the first; on a lattice less than half its spacing"
     )
+
+    @model_validator(mode="after")
+    def _comparable(self) -> DamagePlan:
+        if min(self.shape) < 80:
+            raise ValueError(f"damage.shape {self.shape} must have at least 80 rows and columns, 4 patches a side")
+        return self
 
 
 class AreaPlan(Model):

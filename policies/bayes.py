@@ -30,7 +30,7 @@ from .choosing import (
     sobol_choice,
 )
 from .improvement import log_expected_improvement
-from .worth import Cost, Looks, charged, learn_threshold, log_price, log_validity, per_window, unseen
+from .worth import Cost, Looks, charged, learn_threshold, log_legible, log_price, per_window, unseen
 
 if TYPE_CHECKING:
     from .surrogate import Design, Hyperparameters, Targets
@@ -62,7 +62,7 @@ class _Problem(NamedTuple):
 
 
 class _Terms(NamedTuple):
-    """What is weighed beside expected values: how closely windows look, the logarithm of validity over price [n], and
+    """What is weighed beside expected values: how closely windows look, the logarithm of legibility over price [n], and
     whether all that is the same for all windows."""
 
     looks: Looks
@@ -84,7 +84,7 @@ class Bayes(Model):
     """Gaussian process over window centres, with a prior mean learned from the overview's evidence.
 
     With a ``cost``, windows of several kinds or known damage, an acquisition is of what a window is still worth: what
-    it would show that no sub-scan has shown, times the share of its matter that is still whole, per unit charge.
+    it would show that no sub-scan has shown and that can still be told for damage, per unit charge.
     'ucb' is then the expected number of targets above 0, with the UCB as mean, over the charge: what collects the most
     from a budget. 'logei' cools: the less of the budget is left, the less the charge counts, for it is the best one
     that is wanted in the end. Where no window is worth anything any more it ends the session. Several kinds of windows
@@ -159,7 +159,7 @@ class Bayes(Model):
         looks = Looks.of(candidates, candidates[0])
         price = log_price(history, self.cost, cools=self.acquisition == "logei")
         plain = self.cost == "none" and looks.alike and not history.validity
-        return _Terms(looks, log_validity(history, candidates) - price, plain)
+        return _Terms(looks, log_legible(history, candidates) - price, plain)
 
     def _scores(self, belief: _Belief, terms: _Terms) -> Floats:
         """Acquisition of every window [n], larger is better; its logarithm where more than expected values count."""

@@ -110,9 +110,10 @@ def learn_threshold(design: Design, values: Floats, variances: Floats, looks: Lo
 
 def unseen(candidates: Sequence[ScanRegion], looks: Looks, history: History, threshold: float) -> Floats:
     """Share [n] of what each window would show that no sub-scan has shown yet; 1 where all windows are of one kind,
-    for then none is offered twice."""
+    for then none is offered twice. A sub-scan of which perception could not tell anything counts too: another one of
+    its kind would not tell more."""
     share = shown(looks.exposure, threshold)
-    told = [observation.region for observation in history.scans if observation.value is not None]
+    told = [observation.region for observation in history.scans]
     if looks.alike or not told:
         return np.ones(len(candidates))
     x, y = (
@@ -134,8 +135,13 @@ def _inside(region: ScanRegion, x: Floats, y: Floats) -> Floats:
     return np.asarray((np.abs(u) <= region.fov_nm[0] / 2) & (np.abs(v) <= region.fov_nm[1] / 2), dtype=np.float64)
 
 
-def log_validity(history: History, candidates: Sequence[ScanRegion]) -> Floats:
-    """Logarithm of the share of each window's matter that is still whole [n]; 0 where nothing is known of damage."""
+def log_legible(history: History, candidates: Sequence[ScanRegion]) -> Floats:
+    """Logarithm of the share of each window's targets that can still be told [n]; 0 where nothing is known of damage.
+
+    It is the square of the share that is still whole: a target is told from its neighbours, and both have to be. With
+    the share alone a dead patch would be worth its charge as much as a fresh one, for what is left to harm there is as
+    little as what is left to see.
+    """
     if not history.validity:
         return np.zeros(len(candidates))
     if len(history.validity) != len(candidates):
@@ -144,7 +150,7 @@ def log_validity(history: History, candidates: Sequence[ScanRegion]) -> Floats:
             "give one entry of history.validity per candidate, or none",
         )
     with np.errstate(divide="ignore"):
-        return np.asarray(np.log(np.array(history.validity, dtype=np.float64)))
+        return np.asarray(2.0 * np.log(np.array(history.validity, dtype=np.float64)))
 
 
 def charged(history: History, cost: Cost) -> Floats:

@@ -69,7 +69,7 @@ class DamageScenes(Model):
         pixel = log_uniform(rng, *self.pixel_nm)
         side = self.size_px * pixel
         pieces = _pieces(rng, _crystal(rng, side))
-        hit = rng.random(len(pieces.weight)) < _chance(rng, pieces, side)
+        hit = (rng.random(len(pieces.weight)) < _chance(rng, pieces, side)) & pieces.listed  # films stay as they are
         first, later = self._images(rng, pieces, _afterwards(rng, pieces, hit), pixel)
         return DamagePair(first, later, damaged_fraction(pieces, hit, self.size_px, pixel))
 
@@ -182,7 +182,8 @@ def _pieces(rng: np.random.Generator, columns: Columns) -> Columns:
 def _together(pieces: Columns) -> Columns:
     """Pieces that lie on top of each other as one, which is quicker to paint."""
     new = np.r_[True, (np.diff(pieces.xy, axis=0) != 0).any(1)][: len(pieces.weight)]
-    return replace(pieces[new], weight=np.bincount(np.cumsum(new) - 1, pieces.weight))
+    weight = np.bincount(np.cumsum(new) - 1, pieces.weight).astype(np.float64)
+    return replace(pieces[new], weight=weight)
 
 
 def _chance(rng: np.random.Generator, pieces: Columns, side: float) -> Floats:
@@ -191,21 +192,21 @@ def _chance(rng: np.random.Generator, pieces: Columns, side: float) -> Floats:
     kind = rng.random()
     if kind < 0.1:
         return chance
-    if kind < 0.65:
-        spots = kind < 0.25
+    if kind < 0.75:
+        spots = kind < 0.3
         area = side**2
         for _ in range(1 + rng.poisson(0.6 * area / 4 if spots else 0.12 * area)):
             radius = rng.uniform(0.1, 0.3) if spots else log_uniform(rng, 0.2, 1.2)
             share = 1.0 if spots and rng.random() < 0.5 else rng.uniform(0.15, 1.0)
             inside = np.hypot(*(xy - rng.uniform(0, side, 2)).T) < radius
             chance[inside] = np.maximum(chance[inside], share)
-    if kind > 0.55:  # for a part of the frames with discs, too
+    if kind > 0.68:  # for a part of the frames with discs, too
         level = rng.choice([rng.uniform(0, 1.0), rng.uniform(0, 0.2)])
         angle = rng.uniform(0, 2 * np.pi)
         along = (xy / side - rng.random(2)) @ [np.cos(angle), np.sin(angle)]
         steep = rng.choice([0.0, log_uniform(rng, 1.0, 20.0)])
         chance = np.maximum(chance, level / (1 + np.exp(-np.clip(steep * along, -30, 30))) * (2 if not steep else 1))
-    if rng.random() < 0.15 and len(chance):  # one sublattice alone
+    if rng.random() < 0.1 and len(chance):  # one sublattice alone
         chance = chance * (pieces.weight < rng.choice(pieces.weight))
     return np.minimum(chance, 1.0)
 
@@ -213,7 +214,7 @@ def _chance(rng: np.random.Generator, pieces: Columns, side: float) -> Floats:
 def _afterwards(rng: np.random.Generator, pieces: Columns, hit: NDArray[np.bool_]) -> Columns:
     """What is left: pieces that were hit have gone, or lie elsewhere."""
     leaves = hit & (rng.random(len(hit)) < rng.choice([0.0, 0.5, 1.0, rng.random()]))
-    step = rng.normal(0, log_uniform(rng, 0.02, 0.08), pieces.xy.shape)
+    step = rng.normal(0, log_uniform(rng, 0.025, 0.08), pieces.xy.shape)
     return replace(pieces, xy=pieces.xy + step * hit[:, None])[~leaves]
 
 

@@ -39,7 +39,7 @@ CAPABILITIES = Capabilities(
     beam_on_in_flyback=True,
     blanker_latency_s=1e-6,
     dwell_time_range_s=(1e-7, 1e-3),
-    max_pixels=4096,
+    max_pixels=14400,
 )
 
 

@@ -52,11 +52,11 @@ class Failpoints:
 
 
 SACRIFICED = DamagePlan(
-    metric="glr",
+    metric="learned",
     references=(ReferencePlan(center_nm=(0.7, 3.2)),),
     fov_nm=(1.0, 1.0),
-    shape=(20, 20),
-    dwell_time_s=1e-6,
+    shape=(80, 80),
+    dwell_time_s=1e-7,
     exposures=2,
     share=1.0,
     critical_fluence_e_per_A2=1e5,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from aecontrol.errors import BadInput
-from aecontrol.session import Session
+from aecontrol.folding import fold
+from aecontrol.session import Session, read_events
 from aecontrol.types import AreaPlan, Budget, DamagePlan, ReferencePlan
 from drivers.faults import Crash
 
@@ -17,11 +18,11 @@ from .parts import CountingColumn, Pulse, Reckless, configuration
 TAME = Reckless(3, recklessness=0.0)
 BUDGET = Budget(electrons=10**8)
 DAMAGE = DamagePlan(
-    metric="glr",
-    references=(ReferencePlan(center_nm=(1.2, 1.2)),),
-    fov_nm=(2.0, 2.0),
-    shape=(60, 60),
-    dwell_time_s=2.5e-6,
+    metric="learned",
+    references=(ReferencePlan(center_nm=(1.6, 1.6)),),
+    fov_nm=(3.0, 3.0),
+    shape=(120, 120),
+    dwell_time_s=1.4e-6,
     exposures=3,
     every=2,
     alarm=1e-9,  # with so few sites chance is large
@@ -68,8 +69,7 @@ def test_references_come_first_then_again_and_the_law_is_learned(tmp_path):
     assert order[4:7] == [1, 2, -4]  # and one more after every two sub-scans
     assert len(state.harm.usable) >= 3
     assert state.harm.response.method != "prior"
-    critical = np.median(state.harm.response.critical_fluence_e_per_A2[0])
-    assert critical == pytest.approx(6e3, rel=0.6)
+    assert np.std(np.log(state.harm.response.critical_fluence_e_per_A2[0])) < 1.0  # 2 before
     assert 0.0 < state.charged.damage < 6.0
     assert state.stopped.cause == "rule"
 
@@ -112,27 +112,30 @@ def test_a_budget_of_damage_ends_the_session_and_is_kept(tmp_path):
     limit = 0.6 * whole.charged.damage
     state = run(tmp_path / "part", damage=DAMAGE, overview=False, budget=Budget(electrons=10**8, damage=limit))
     assert state.stopped.cause == "budget"
-    assert 0.0 < state.charged.damage <= limit
-    assert len(state.scans) < len(whole.scans)
+    assert 0 < len(state.scans) < len(whole.scans)
+    events = read_events(tmp_path / "part")
+    for n, event in enumerate(events):
+        if event.kind == "reserved":  # whatever a new response then made of it: each reserve fitted
+            assert fold(events[: n + 1]).charged.damage <= limit
 
 
 def test_a_warmer_specimen_than_the_references_were_pauses_the_session(tmp_path):
-    column = FrailColumn(critical=6e4)
+    column = FrailColumn(critical=1e9)
     session = Session.create(configuration(TAME, column, BUDGET, damage=DAMAGE), tmp_path / "s")
 
     def warm(state, event):
         if event.kind == "perceived" and len(state.scans) == 1:
-            column.critical = 2e3
+            column.critical = 8e3
 
     state = session.run(warm)
     session.close()
     assert state.phase == "paused"
     assert "temperature" in state.paused
+    fitted = state.harm.fitted
     session = Session.reopen(tmp_path / "s", configuration(TAME, column, BUDGET, damage=DAMAGE))
     state = session.run()
     session.close()
-    assert state.stopped.cause == "rule"
-    assert state.harm.fitted == len(state.harm.usable)  # a person has looked: what was measured is learned from
+    assert state.harm.fitted > fitted  # a person has looked: what was measured is learned from
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@
 
 No images: the metric is simulated, everything else is what a session does. A garnet, 10 nm thick, whose bond units (an
 eighth of a cell) break at exponentially distributed fluences; the critical fluence lies within a factor 5 of the first
-guess, log-uniformly. One place, 36 patches of 0.5 nm, is scanned five times (300 e/A^2 each) and the response fitted;
+guess, log-uniformly. One place of 4 nm is
+scanned five times (300 e/A^2 each) and the response fitted;
 then ten windows of 2 to 4 nm at 30 to 1000 e/A^2 each, where they fall, overlapping; after five of them the place is
 scanned once more and the response fitted anew. For every window: what is reserved, against what the simulator then
 broke, tile by tile and weighed by scattering power. Scores: true share times a gain (10 % s.d., as the fit is told),
@@ -29,7 +30,7 @@ from aecontrol.events import DamageMeasured
 from aecontrol.exposure import KeyRecord
 from aecontrol.fit_response import fit_response
 from aecontrol.harm import Harm
-from aecontrol.response import prior
+from aecontrol.response import Evidence, prior
 from aecontrol.types import Capabilities, Charge, DamagePlan, ReferencePlan, ScanRegion
 from aecontrol.units import electrons_per_second
 from simulators.fluence import FluenceMap
@@ -41,12 +42,12 @@ Floats = NDArray[np.float64]
 GUESS, WITHIN = 1000.0, 5.0
 FIELD_NM = (14.0, 11.0)
 TOLERANCE, GAIN_SD, SHARED_SD = 0.05, 0.1, 0.01
-PIXEL_NM, PATCH_NM, PATCHES = 0.1, 0.5, 6
+PIXEL_NM, PATCH_NM, PATCHES, RIM_NM = 0.1, 0.5, 6, 0.5
 LADDER, LADDER_E_PER_A2, STEPS, REFIT = 5, 300.0, 10, 5
 LAYERS = 8
 PLAN = DamagePlan(
-    references=(ReferencePlan(center_nm=(2.0, 2.0)),),
-    fov_nm=(PATCH_NM * PATCHES, PATCH_NM * PATCHES),
+    references=(ReferencePlan(center_nm=(2.5, 2.5)),),
+    fov_nm=(PATCH_NM * PATCHES + 2 * RIM_NM, PATCH_NM * PATCHES + 2 * RIM_NM),
     critical_fluence_e_per_A2=GUESS,
     sites_per_nm2=8.0 * LAYERS / 1.29682**2,  # a bond unit is an eighth of a cell
 )
@@ -109,7 +110,7 @@ class Specimen:
 
     def shares(self, region: ScanRegion, fluence: Floats) -> Floats:
         """Share damaged [patches] at the fluence [u]."""
-        corner = np.array(region.center_nm) - 0.5 * np.array(region.fov_nm)
+        corner = np.array(region.center_nm) - 0.5 * PATCH_NM * PATCHES
         cell = np.floor((self.place - corner) / PATCH_NM).astype(int)
         inside = ((cell >= 0) & (cell < PATCHES)).all(axis=1)
         patch, matter = (cell[:, 1] * PATCHES + cell[:, 0])[inside], self.matter[inside]
@@ -135,7 +136,7 @@ def session(seed: int, quantile: float) -> tuple[float, list[Step]]:
     current = 1.0 + 0.5 * TOLERANCE * random.normal()
     sd = 0.05 * np.exp(0.3 * random.normal(size=PATCHES**2))
     gain = math.exp(GAIN_SD * random.normal())
-    place = region(PLAN.references[0].center_nm, PATCH_NM * PATCHES, LADDER_E_PER_A2)
+    place = region(PLAN.references[0].center_nm, PLAN.fov_nm[0], LADDER_E_PER_A2)
     looks: list[tuple[str, Floats]] = []
 
     def scan(window: ScanRegion) -> tuple[str, Floats, Floats]:
@@ -177,7 +178,9 @@ def session(seed: int, quantile: float) -> tuple[float, list[Step]]:
     return critical, steps
 
 
-def _evidence(harm: Harm, keys: dict[str, KeyRecord], looks: list[tuple[str, Floats]], sd: Floats) -> Iterator[object]:
+def _evidence(
+    harm: Harm, keys: dict[str, KeyRecord], looks: list[tuple[str, Floats]], sd: Floats
+) -> Iterator[Evidence]:
     """Every look at the place against the first."""
     corner = np.array(PLAN.references[0].center_nm) - 0.5 * PATCH_NM * PATCHES
     middles = PATCH_NM * (np.arange(PATCHES) + 0.5)
@@ -185,7 +188,7 @@ def _evidence(harm: Harm, keys: dict[str, KeyRecord], looks: list[tuple[str, Flo
     first, before = looks[0]
     for key, after in looks[1:]:
         event = DamageMeasured(key=key, first=first, metric="simulated")
-        yield harm.evidence(event, np.column_stack([x.ravel(), y.ravel(), after - before, sd]), keys)
+        yield harm.evidence(event, np.column_stack([x.ravel(), y.ravel(), after - before, sd]), PATCH_NM**2, keys)
 
 
 def main() -> None:

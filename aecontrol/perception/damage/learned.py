@@ -52,7 +52,7 @@ class LearnedDamage:
 
     def __call__(self, pair: Frames) -> Floats:
         """Estimated damaged fraction [rows, cols] of the patches of a pair, which may be in any units."""
-        return self.estimate(pair.first[None], pair.later[None])[0][0]
+        return np.asarray(self.estimate(pair.first[None], pair.later[None])[0][0])
 
     def estimate(self, first: Floats, later: Floats) -> tuple[Floats, Floats]:
         """Damaged fraction of the patches of n pairs of frames [n, h, w], and its standard deviation, both
@@ -64,8 +64,8 @@ class LearnedDamage:
         rows, cols = (side // PATCH_PX * PATCH_PX for side in first.shape[1:])
         pair = torch.stack([torch.from_numpy(f[:, :rows, :cols].astype(np.float32)) for f in (first, later)], 1)
         with torch.inference_mode(), torch.autocast(self._device, torch.bfloat16):
-            fraction, log_sd, _ = self.network(pair.to(self._device)).double().cpu().numpy().swapaxes(0, 1)
-        return fraction, np.exp(log_sd)
+            out = np.asarray(self.network(pair.to(self._device)).cpu().numpy(), dtype=np.float64)
+        return out[:, 0], np.asarray(np.exp(out[:, 1]), dtype=np.float64)
 
     @cached_property
     def network(self) -> Siamese:

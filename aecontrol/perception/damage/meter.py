@@ -20,6 +20,14 @@ from .register import Registration, register
 
 Pixels = NDArray[np.generic]
 
+GAIN_SD = 0.3
+"""Of the learned metric, as ``tests/benchmarks/damage_gain.py`` finds it on lattices that training never saw."""
+METRIC_SD = 0.05
+"""Of the learned metric: how far a frame's mean score lies off its gain's line, from the same script."""
+LEAST_COUNTS = 3.0
+"""Of the learned metric: the darkest frames of its training. On darker ones it sees nothing, whatever there is."""
+BRIGHT = 0.98
+"""Quantile of the smoothed frame that counts as its brightest pixels."""
 METRICS: dict[str, Metric] = {
     "glr": classical.likelihood_ratio,
     "glr-pooled": classical.pooled(classical.likelihood_ratio),
@@ -45,13 +53,17 @@ MOST_SIGMA_PX = 0.3
 @dataclass(frozen=True)
 class Meter:
     """A metric with all that makes its scores comparable. ``version`` changes whenever the numbers may. ``gain_sd``:
-    standard deviation of the logarithm of score over damaged fraction; None for a metric that does not estimate it."""
+    standard deviation of the logarithm of score over damaged fraction; None for a metric that does not estimate it.
+    ``metric_sd``: of what the score of a whole frame is off by beyond that. ``least_counts``:
+    in the brightest pixels of either frame; with fewer it says nothing."""
 
     name: str
     metric: Metric
     version: str
     sha256: str = ""
     gain_sd: float | None = None
+    metric_sd: float = 0.0
+    least_counts: float = 0.0
 
     def read(
         self,
@@ -72,6 +84,8 @@ class Meter:
         pair, found = comparison.pair, comparison.registration
         if pair is None:
             return refused(comparison.shape, self.name, self.sha256, found.reason)
+        if reason := self._too_dark(pair):
+            return refused(comparison.shape, self.name, self.sha256, reason)
         score, null = self.metric(pair), null_of(pair, repeats, self.metric)
         return DamageReading(
             score=np.where(pair.whole, score - null.mean, np.nan),
@@ -83,6 +97,20 @@ class Meter:
             reason="",
             metric=self.name,
             sha256=self.sha256,
+        )
+
+    def _too_dark(self, pair: Pair) -> str:
+        """Why a pair has too few counts for this metric; empty when it has enough."""
+        from scipy.ndimage import gaussian_filter
+
+        if self.least_counts == 0.0:
+            return ""
+        counts = min(float(np.quantile(gaussian_filter(f, 1.0), BRIGHT)) for f in (pair.first, pair.later))
+        if counts >= self.least_counts:
+            return ""
+        return (
+            f"{counts:.2g} counts in the brightest pixels, the metric {self.name!r} needs {self.least_counts:g}: scan "
+            "longer or with larger pixels, or bin the frames"
         )
 
 
@@ -137,7 +165,9 @@ def build_meter(name: str, device: str, weights: Path | None = None) -> Meter:
         from .learned import LearnedDamage
 
         learned = LearnedDamage(weights, device)
-        return Meter(name, learned, f"{VERSION} {learned.sha256[:16]}", learned.sha256)
+        return Meter(
+            name, learned, f"{VERSION} {learned.sha256[:16]}", learned.sha256, GAIN_SD, METRIC_SD, LEAST_COUNTS
+        )
     from .features import NAMED, build_metric
 
     if name not in NAMED:

@@ -18,7 +18,7 @@ from aecontrol.drift import measure_shift
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-MOST_MISFIT = 3.0
+MOST_MISFIT = 1.0
 """Structure that only one frame shows over what both show. Damage makes it large; beyond this little is left to lay one
 frame over the other by."""
 RIM_PX = 2

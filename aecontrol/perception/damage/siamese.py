@@ -76,8 +76,9 @@ class _Block(nn.Module):
 
     def fuse(self) -> None:
         """For inference only."""
-        self.conv = fuse_conv_bn_eval(self.conv, self.norm)
-        self.norm = nn.Identity()
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.conv = fuse_conv_bn_eval(self.conv, self.norm)
+            self.norm = nn.Identity()
 
 
 class Siamese(nn.Module):
@@ -111,7 +112,8 @@ class Siamese(nn.Module):
     def compared(self, seen: Tensor, noise: Tensor) -> Tensor:
         """What differs in each patch [n, features, rows, cols] between standardised frames [n, 2, 2, h, w] of ``noise``
         [n, 2]."""
-        a, b = self.embedded(seen.flatten(0, 1), noise.flatten().log()).unflatten(0, (-1, 2)).unbind(1)
+        embedded = self.embedded(seen.flatten(0, 1), noise.flatten().log())
+        a, b = embedded[::2], embedded[1::2]
         both = functional.relu(self.meet(torch.cat([a - b, (a - b).abs(), a + b], 1)), inplace=True)
         both = functional.relu(both + self.compare(both), inplace=True)
         return torch.cat([functional.avg_pool2d(both, CELLS), functional.max_pool2d(both, CELLS)], 1)
@@ -135,7 +137,8 @@ class Siamese(nn.Module):
         x = self.down(x)
         for block in self.blocks:
             x = x + functional.relu(block(x), inplace=True)
-        return x
+        out: Tensor = x
+        return out
 
 
 def for_inference(net: Siamese) -> Siamese:
