@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from aecontrol import cli
+from aecontrol.perception.damage.meter import build_meter
+from aecontrol.registry import build_part
 from tests.perception.damage_frames import Crystal, counts
 
 
@@ -113,3 +117,17 @@ def test_frames_without_overlap_are_told_apart_from_undamaged_ones(damage, tmp_p
     said = (tmp_path / "s_damage" / "conclusions.txt").read_text()
     assert "nothing may be concluded" in said
     assert "nothing is known of damage" in said
+
+
+@pytest.mark.slow
+def test_a_garnet_is_damaged_more_by_more_dose_and_less_when_cold():
+    def scores(name):
+        raw = tomllib.loads((Path(__file__).parents[2] / "configs" / name).read_text())["simulation"]
+        (images,) = build_part("simulation", raw, "simulation").produce("cpu", 1, lambda done, total: None)
+        first, *later = images.channels["HAADF"]
+        meter = build_meter("learned", "cpu")
+        return [meter.read(first, frame, images.pixel_size_nm, 0.12).mean_score for frame in later]
+
+    warm, cold = scores("damage_llzo.toml"), scores("damage_llzo_cold.toml")
+    assert warm[1] > warm[0] > cold[0]
+    assert warm[1] > cold[1] > cold[0]
