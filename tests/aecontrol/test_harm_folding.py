@@ -1,0 +1,86 @@
+"""Sessions that measure damage, folded event by event: what is lost, what breaks off, and who has seen an alarm."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from aecontrol.commands import Expose, Fetch, FitResponse, FollowPlan, MeasureDamage, Reserve
+from aecontrol.errors import BadInput
+from aecontrol.events import (
+    DamageMeasured,
+    Decided,
+    Indeterminate,
+    InstrumentReady,
+    Paused,
+    Posted,
+    Recorded,
+    Resumed,
+    SessionStarted,
+)
+from aecontrol.folding import apply, begin
+from aecontrol.machine import next_command, preflight
+from aecontrol.types import AreaPlan, Budget, Frame, OverviewPlan
+
+from .test_harm import COLUMN, DAMAGE, PLAN, TABLE
+
+LATER = OverviewPlan(fov_nm=(8.0, 8.0), center_nm=(8.0, 10.0), shape=(16, 16), dwell_time_s=1e-6)
+TAUGHT = PLAN.model_copy(update={"overview": LATER, "damage": DAMAGE.model_copy(update={"exposures": 2})})
+DIGESTS = {"HAADF": "0" * 64}
+
+
+def started(plan=TAUGHT):
+    state = begin(
+        SessionStarted(session="s", seed=0, config={}, base=".", plan=plan, version="", created_unix_s=0.0)
+    )
+    return apply(state, InstrumentReady(capabilities=COLUMN, perceiver="p", metric="m"))
+
+
+def exposed(state, part=1.0, lost=False):
+    """The next exposure that the plan asks for, of which ``part`` is delivered, and what its frame is said to show."""
+    while not isinstance(command := next_command(state), FitResponse | FollowPlan) or command.step < state.intent:
+        match command:
+            case FollowPlan():
+                event = Decided(step=command.step, decision=command.scan, wall_s=0.0)
+            case Reserve():
+                event = command.event
+            case Expose(record) if lost:
+                return apply(state, Indeterminate(key=record.key, digests={}, reason="lost"))
+            case Expose(record):
+                bound = record.bound
+                measured = bound.model_copy(
+                    update={
+                        "electrons": round(part * bound.electrons),
+                        "pixels": round(part * bound.pixels),
+                        "seconds": part * bound.seconds,
+                    }
+                )
+                event = Posted(key=record.key, measured=measured, digests=DIGESTS)
+            case Fetch(record):
+                frame = Frame(region=record.region, channels={"HAADF": TABLE}, started_s=0.0)
+                event = Recorded(key=record.key, frame=frame)
+            case MeasureDamage(record, _, first):
+                found = {} if first is None else {"first": first.key, "scores": TABLE, "mean": 0.1, "sd": 0.01}
+                return apply(state, DamageMeasured(key=record.key, metric="m", **found))
+        state = apply(state, event)
+    return state
+
+
+def test_what_was_measured_is_learned_from_though_the_last_frame_of_the_references_is_lost():
+    state = started(TAUGHT.model_copy(update={"damage": DAMAGE.model_copy(update={"exposures": 3})}))
+    for _ in range(2):
+        state = exposed(state)
+    assert len(state.harm.usable) == 1
+    assert isinstance(next_command(state), FollowPlan)  # one more frame
+    assert isinstance(next_command(exposed(state, lost=True)), FitResponse)
+
+
+def test_only_a_person_who_was_told_of_an_alarm_can_lift_it():
+    state = started()
+    state = replace(state, harm=replace(state.harm, alarm="too warm"))
+    for unseen in (state, apply(state, Paused(reason="interrupted by the user"))):
+        again = next_command(apply(unseen, Resumed()))
+        assert again.event.reason == "too warm"
+    told = apply(apply(state, next_command(state).event), Resumed())
+    assert isinstance(next_command(told), FollowPlan)
