@@ -161,7 +161,8 @@ class Harm:
         in full, is taken as two standard deviations. In the one area, or anywhere."""
         tolerance = self.instrument.current_tolerance
         expected = self._forecast(region, (bound.electrons or 0) / (1.0 + tolerance), area)
-        return expected.blurred(0.5 * tolerance).quantile(self.plan.quantile)
+        # what is charged in the end is the mean, which lies far above the median where little is known
+        return max(expected.blurred(0.5 * tolerance).quantile(self.plan.quantile), (1.0 + tolerance) * expected.expected)
 
     def _forecast(self, region: ScanRegion, electrons: float, area: AreaPlan | None = None) -> forecast.Forecast:
         field_nm = self.instrument.field_nm
@@ -197,7 +198,7 @@ class Harm:
         assert event.sd is not None
         mean, sd = self._foretold(event, keys)
         off = abs(event.mean - mean) / math.hypot(sd, event.sd, MODEL_ERROR * mean)
-        if off <= NormalDist().inv_cdf(1.0 - self.plan.alarm / 2.0):
+        if off <= -NormalDist().inv_cdf(self.plan.alarm / 2.0):
             return ""
         return (
             f"a comparison shows damage of {event.mean:.3g}, foretold was {mean:.3g} (off by {off:.1f} standard "

@@ -162,3 +162,20 @@ def test_a_measurement_that_contradicts_the_forecast_raises_the_alarm():
     untaught = replace(harm, response=response().model_copy(update={"method": "prior"}))
     assert not untaught.measured(seen(records[1], records[0], 1.0), keys).alarm
     assert harm.total.damage < 0.6  # a sacrificed place: only tails count
+
+
+def test_an_alarm_as_unlikely_as_can_be_wished_can_be_asked_for():
+    frame = reference_frame(DAMAGE, PLACE)
+    records = [key(1, frame), key(2, frame)]
+    harm, keys = settled(*records)
+    harm = replace(harm, plan=DAMAGE.model_copy(update={"alarm": 1e-30}))
+    assert not harm.measured(seen(records[1], records[0], 0.05), keys).alarm
+    assert harm.measured(seen(records[1], records[0], 1.0, sd=0.001), keys).alarm
+
+
+def test_whatever_quantile_is_asked_for_the_settlement_of_a_first_guess_stays_within_its_reserve():
+    harm = replace(settled()[0], response=Harm.of(PLAN, COLUMN).response)
+    for quantile in (0.5, 0.8, 0.95):
+        bold = replace(harm, plan=DAMAGE.model_copy(update={"quantile": quantile}))
+        for record in (key(1, window()), key(1, window(15.0, 8.0), part=1.0)):
+            assert bold.settled(record).total.damage <= bold.reserve(record.region, record.bound)
