@@ -51,7 +51,7 @@ def charge_within(region: ScanRegion, charge: Charge, area: AreaPlan, instrument
     """The part of a charge, damage aside, that is put down to an area: never less than what can have fallen there."""
     error_nm = instrument.beam_error_nm
     share = 1.0 if error_nm is None else share_within(region, area, error_nm)  # without a bound it can be anywhere
-    if share == 0.0 or charge.seconds == 0.0:
+    if share == 0.0 or not (charge.seconds or charge.electrons):
         return AreaCharge()
     parked = 0.0
     if instrument.beam_current_pA is not None:

@@ -246,7 +246,7 @@ def _with_record(state: State, record: KeyRecord) -> State:
     assert state.capabilities is not None
     areas = []
     for area, spent in zip(state.plan.areas, state.areas, strict=True):
-        spent = spent.plus(charge_within(record.region, new, area, state.bounded))
+        spent = spent.plus(charge_within(record.scanned, new, area, state.bounded))
         areas.append(spent if old is None else spent.minus(charge_within(record.region, old, area, state.bounded)))
     state = replace(state, keys=keys, charged=charged, areas=tuple(areas))
     if state.harm is None or record.state == "RESERVED":

@@ -107,7 +107,7 @@ class Harm:
         """After a key was settled: what it brought is on the map and charged; nothing for one that never fired."""
         if record.state == "VOID":
             return self
-        where = forecast.footprint(_place(record.region), self.instrument.field_nm)
+        where = forecast.footprint(_place(record.scanned), self.instrument.field_nm)
         fluence = self.fluence.copy()
         fluence[where.tiles] += where.added(record.charge.electrons or 0)
         charge = self._charge(record)
@@ -175,10 +175,10 @@ class Harm:
         """What a settled key is charged on top of the present map: what is expected of the electrons measured; what was
         reserved where nobody knows."""
         electrons = record.charge.electrons or 0
-        areas = tuple(self._forecast(record.region, electrons, area).expected for area in self.areas)
+        areas = tuple(self._forecast(record.scanned, electrons, area).expected for area in self.areas)
         if record.state == "INDET":
             return HarmCharge(record.bound.damage, "model", areas)
-        return HarmCharge(self._forecast(record.region, electrons).expected, "model", areas)
+        return HarmCharge(self._forecast(record.scanned, electrons).expected, "model", areas)
 
     def _foretold(self, event: DamageMeasured, keys: Keys) -> tuple[float, float]:
         """Mean score that the response expects of a comparison, and its standard deviation: of the response, of what
@@ -246,6 +246,6 @@ def _middles(points_nm: Floats, keys: Keys) -> Iterator[tuple[str, Floats]]:
     for key, record in keys.items():
         if record.state == "VOID":
             continue
-        added = forecast.local_fluence(points_nm, record.region, record.charge.electrons or 0)
+        added = forecast.local_fluence(points_nm, record.scanned, record.charge.electrons or 0)
         yield key, before + 0.5 * added
         before = before + added

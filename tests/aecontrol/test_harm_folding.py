@@ -39,8 +39,8 @@ def started(plan=TAUGHT):
 
 def exposed(state, part=1.0, lost=False):
     """The next exposure that the plan asks for, of which ``part`` is delivered, and what its frame is said to show."""
-    while not isinstance(command := next_command(state), FitResponse | FollowPlan) or command.step < state.intent:
-        match command:
+    while True:
+        match command := next_command(state):
             case FollowPlan():
                 event = Decided(step=command.step, decision=command.scan, wall_s=0.0)
             case Reserve():
@@ -63,8 +63,9 @@ def exposed(state, part=1.0, lost=False):
             case MeasureDamage(record, _, first):
                 found = {} if first is None else {"first": first.key, "scores": TABLE, "mean": 0.1, "sd": 0.01}
                 return apply(state, DamageMeasured(key=record.key, metric="m", **found))
+            case _:
+                return state
         state = apply(state, event)
-    return state
 
 
 def test_what_was_measured_is_learned_from_though_the_last_frame_of_the_references_is_lost():
@@ -84,3 +85,17 @@ def test_only_a_person_who_was_told_of_an_alarm_can_lift_it():
         assert again.event.reason == "too warm"
     told = apply(apply(state, next_command(state).event), Resumed())
     assert isinstance(next_command(told), FollowPlan)
+
+
+def test_a_pulse_that_ended_early_has_put_all_its_electrons_into_its_first_lines():
+    top = AreaPlan(name="top", center_nm=(8.0, 6.5), fov_nm=(8.0, 1.0), electrons=10**9)
+    state = started(TAUGHT.model_copy(update={"damage": None, "areas": (top,)}))
+    state = exposed(state, part=0.125)
+    (record,) = state.keys.values()
+    assert record.charge.pixels == 32  # two lines, of 16
+    assert state.areas[0].electrons == record.charge.electrons
+    taught = started(TAUGHT.model_copy(update={"damage": DAMAGE.model_copy(update={"references": ()})}))
+    taught = exposed(taught, part=0.125)
+    assert taught.harm.intact(record.region.first_lines(2)) < taught.harm.intact(record.region)
+    low = record.region.model_copy(update={"center_nm": (8.0, 12.0), "fov_nm": (8.0, 2.0)})
+    assert taught.harm.intact(low) == pytest.approx(1.0, abs=1e-3)
