@@ -175,9 +175,10 @@ class Harm:
         """What a settled key is charged on top of the present map: what is expected of the electrons measured; what was
         reserved where nobody knows."""
         electrons = record.charge.electrons or 0
-        areas = tuple(self._forecast(record.scanned, electrons, area).expected for area in self.areas)
         if record.state == "INDET":
-            return HarmCharge(record.bound.damage, "model", areas)
+            reserved = tuple(self._reserved(record.region, record.bound, area) for area in self.areas)
+            return HarmCharge(record.bound.damage, "model", reserved)
+        areas = tuple(self._forecast(record.scanned, electrons, area).expected for area in self.areas)
         return HarmCharge(self._forecast(record.scanned, electrons).expected, "model", areas)
 
     def _foretold(self, event: DamageMeasured, keys: Keys) -> tuple[float, float]:
@@ -211,9 +212,15 @@ class Harm:
         mean, _ = self._foretold(event, keys)
         region, charge = keys[event.key].region, self.charges[event.key]
         where = forecast.footprint(_place(region), self.instrument.field_nm)
-        counted = region.area_nm2 * float((self.ground.weight[where.tiles] * where.share).sum() / where.share.sum())
-        surplus = max(event.mean - mean, 0.0) / float(np.mean(self.response.amplitude)) * counted
-        charge = charge._replace(damage=charge.damage + surplus, basis="measured")
+        surplus = max(event.mean - mean, 0.0) / float(np.mean(self.response.amplitude))
+        per_share = surplus * region.area_nm2 / float(where.share.sum())
+
+        def raised(now: float, part: forecast.Footprint) -> float:
+            return now + per_share * float((self.ground.weight[part.tiles] * part.share).sum())
+
+        parts = (where.among(forecast.area_tiles(area, self.instrument.field_nm)) for area in self.areas)
+        by_area = tuple(map(raised, charge.by_area, parts))
+        charge = HarmCharge(raised(charge.damage, where), "measured", by_area)
         return replace(self, charges={**self.charges, event.key: charge})
 
 
