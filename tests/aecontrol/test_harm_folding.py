@@ -99,3 +99,20 @@ def test_a_pulse_that_ended_early_has_put_all_its_electrons_into_its_first_lines
     assert taught.harm.intact(record.region.first_lines(2)) < taught.harm.intact(record.region)
     low = record.region.model_copy(update={"center_nm": (8.0, 12.0), "fov_nm": (8.0, 2.0)})
     assert taught.harm.intact(low) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_plan_whose_references_or_first_guess_cannot_be_carried_out_is_refused_and_no_other():
+    once = started().harm.plan.dwell_time_s * 6.24e7 / 0.0625  # e/A^2 in pixels of 0.25 A
+    few = Budget(electrons=10**11, peak_fluence_e_per_A2=8.0 * once)
+    many = TAUGHT.model_copy(update={"budget": few, "damage": DAMAGE.model_copy(update={"exposures": 20})})
+    with pytest.raises(BadInput, match="reference place"):
+        preflight(many, COLUMN)
+    preflight(TAUGHT.model_copy(update={"budget": few}), COLUMN)
+    tails = TAUGHT.model_copy(update={"budget": Budget(electrons=10**11, damage=1e-6)})
+    with pytest.raises(BadInput, match="reference place"):
+        preflight(tails, COLUMN)
+    frail = AreaPlan(name="frail", center_nm=(8.0, 10.0), fov_nm=(6.0, 6.0), damage=0.5)
+    preflight(TAUGHT.model_copy(update={"areas": (frail,)}), COLUMN)  # the overview's harm is not yet known
+    corner = AreaPlan(name="corner", center_nm=(1.0, 1.0), fov_nm=(2.0, 2.0), electrons=0)
+    plan = PLAN.model_copy(update={"damage": None, "areas": (corner,), "budget": Budget(electrons=10**9)})
+    preflight(plan, COLUMN.model_copy(update={"position_error_nm": 2.5}))  # other windows are far enough
