@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -219,3 +220,20 @@ def test_electrons_that_nobody_counts_do_not_fall_into_an_area_that_limits_them(
     for there, refused in ((on_it, True), (far, False)):
         reason = over_areas(there, bound_charge(there, record), (AREA,), (NOTHING,), ((0.0, 0.0),), tiles, record)
         assert bool(reason) is refused
+
+
+def test_an_overview_of_a_large_field_is_forecast_in_little_memory():
+    tracemalloc.start()
+    try:
+        field_nm = (300.0, 280.0)
+        whole = region(150.0, 140.0, 300.0, 280.0)
+        where = footprint.__wrapped__(whole, field_nm)
+        on = ground.__wrapped__(PLAN, (), field_nm)
+        forecast(PLAN, prior(("specimen",), 1000.0, 1.0), on, on.fresh, where, 1e6)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 6e7
+    small = region(9.3, 7.7)
+    straight, turned_little = (footprint(small.model_copy(update={"rotation_rad": r}), FIELD_NM) for r in (0.0, 1e-15))
+    assert np.array_equal(straight.share, turned_little.share)
