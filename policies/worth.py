@@ -38,6 +38,8 @@ FREE = 1e-3
 THRESHOLDS = np.exp(np.linspace(-math.log(8.0), math.log(8.0), 13))
 """Values of e0 that are weighed, in exposures of the first kind of window; their logarithm is N(0, 1) beforehand: the
 user is taken to have chosen a first kind that is about right."""
+ROUNDING = 1e-9
+"""A smaller share than this of what a window shows is nothing: exposures are products that are rounded."""
 POINTS = (np.arange(6) + 0.5) / 6 - 0.5
 """Where along each side a window is asked whether it has been seen, in units of the side."""
 
@@ -121,8 +123,8 @@ def unseen(candidates: Sequence[ScanRegion], looks: Looks, history: History, thr
     seen = np.zeros(x.shape)
     for region, there in zip(told, shown(Looks.of(told, candidates[0]).exposure, threshold), strict=True):
         seen = np.maximum(seen, there * _inside(region, x, y))
-    left = np.maximum(share[:, None, None] - seen, 0.0).mean(axis=(1, 2))
-    return np.asarray(left / share)
+    left = np.maximum(share[:, None, None] - seen, 0.0).mean(axis=(1, 2)) / share
+    return np.where(left > ROUNDING, left, 0.0)
 
 
 def _inside(region: ScanRegion, x: Floats, y: Floats) -> Floats:

@@ -166,3 +166,11 @@ def test_where_pixels_are_the_currency_the_charge_cools_with_their_budget():
     view = replace(view, charges=tuple(charges), left={"pixels": 0.25})
     whole = log_price(view, "electrons", cools=False)
     assert np.allclose(log_price(view, "electrons", cools=True), 0.25 * whole)
+
+
+def test_rounding_leaves_nothing_to_see():
+    """Exposures that differ in their last digits only show the same."""
+    twice = (*windows(2, 2), *windows(2, 2, dwell_time_s=1e-6 * (1.0 + 1e-12)))
+    view = history(twice, [0, 1, 2, 3], [3.0] * 4, None)
+    assert (unseen(twice, Looks.of(twice, twice[0]), view, 1.0) == 0.0).all()
+    assert Bayes(cost="electrons").decide(view, twice, 0).kind == "stop"
