@@ -49,8 +49,9 @@ def share_within(region: ScanRegion, area: AreaPlan, error_nm: float) -> float:
 
 def charge_within(region: ScanRegion, charge: Charge, area: AreaPlan, instrument: Capabilities) -> AreaCharge:
     """The part of a charge, damage aside, that is put down to an area: never less than what can have fallen there."""
-    share = share_within(region, area, instrument.beam_error_nm or 0.0)
-    if share == 0.0 or charge.seconds == 0.0:
+    error_nm = instrument.beam_error_nm
+    share = 1.0 if error_nm is None else share_within(region, area, error_nm)  # without a bound it can be anywhere
+    if share == 0.0 or not (charge.seconds or charge.electrons):
         return AreaCharge()
     parked = 0.0
     if instrument.beam_current_pA is not None:
@@ -72,14 +73,17 @@ def over_areas(
     """Why ``bound`` on top of what is ``charged`` to each area does not fit its limits, or None. ``damage``: what
     each area has been charged, and what it would be, nm^2."""
     for area, spent, (harm, harmed) in zip(areas, charged, damage, strict=True):
-        after = spent.plus(charge_within(region, bound, area, instrument))
-        limits = [
-            ("electrons", area.electrons, after.electrons, spent.electrons),
+        within = charge_within(region, bound, area, instrument)
+        after = spent.plus(within)
+        uncounted = bound.electrons is None and within != AreaCharge()  # what cannot be counted cannot be kept
+        limits: list[tuple[str, float | None, float, float]] = [
+            ("electrons", area.electrons, math.inf if uncounted else after.electrons, spent.electrons),
             ("seconds", area.seconds, after.seconds, spent.seconds),
-            ("nm^2 of damage", area.damage, harmed, harm),
+            ("nm^2 of damage", area.damage, math.inf if instrument.beam_error_nm is None else harmed, harm),
         ]
         if area.peak_fluence_e_per_A2 is not None:
             before, peak = _peak(area, region, bound, tiles)
+            peak = math.inf if instrument.beam_error_nm is None else peak
             limits.append(("e/A^2 in one 1 nm tile", area.peak_fluence_e_per_A2, peak, before))
         for name, limit, then, now in limits:
             if limit is not None and then > limit and then > now:

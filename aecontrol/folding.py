@@ -41,6 +41,7 @@ from aecontrol.state import (
     frames_of,
 )
 from aecontrol.types import (
+    DamagePlan,
     Scan,
     Stop,
 )
@@ -119,7 +120,9 @@ def _apply_resumed(state: State) -> State:
     if phase == "paused":  # a person has looked, so the counts start anew
         phase, bad_frames, drift = state.resting, 0, replace(drift, unmeasured=0)
     unsettled = phase == "reserved"
-    harm = state.harm and replace(state.harm, alarm="")
+    harm = state.harm
+    if harm is not None and state.paused == harm.alarm:  # an alarm that nobody was told of stands
+        harm = replace(harm, alarm="")
     return replace(state, phase=phase, unsettled=unsettled, paused="", bad_frames=bad_frames, drift=drift, harm=harm)
 
 
@@ -144,7 +147,7 @@ def _apply_decided(state: State, event: Decided) -> State:
 def _give_up(state: State, closed: int = -1) -> State:
     """Leave the current step without a frame; its candidate is not offered again."""
     state = replace(state, refusals=state.refusals + 1, closed=state.closed | ({closed} if closed >= 0 else set()))
-    return _go_back(state) if state.role == "drift" else replace(state, phase=state.rest)
+    return _go_back(state) if state.role == "drift" else _rest(state)
 
 
 def _go_back(state: State) -> State:
@@ -177,13 +180,7 @@ def _apply_drift(state: State, event: DriftMeasured) -> State:
 
 def _apply_damage(state: State, event: DamageMeasured) -> State:
     assert state.harm is not None
-    state = _with_harm(state, state.harm.measured(event, state.keys))
-    assert state.harm is not None
-    places = state.plan.damage.references if state.plan.damage else ()
-    waiting = any(frames_of(state, place) < state.harm.plan.exposures for place in places)
-    if len(state.harm.usable) > state.harm.fitted and not waiting:
-        return replace(state, phase="fitting")
-    return _rest(state)
+    return _rest(_with_harm(state, state.harm.measured(event, state.keys)))
 
 
 def _apply_exposure(state: State, event: Reserved | Posted | Voided | Indeterminate) -> State:
@@ -250,7 +247,7 @@ def _with_record(state: State, record: KeyRecord) -> State:
     assert state.capabilities is not None
     areas = []
     for area, spent in zip(state.plan.areas, state.areas, strict=True):
-        spent = spent.plus(charge_within(record.region, new, area, state.bounded))
+        spent = spent.plus(charge_within(record.scanned, new, area, state.bounded))
         areas.append(spent if old is None else spent.minus(charge_within(record.region, old, area, state.bounded)))
     state = replace(state, keys=keys, charged=charged, areas=tuple(areas))
     if state.harm is None or record.state == "RESERVED":
@@ -263,8 +260,16 @@ def _with_harm(state: State, harm: Harm) -> State:
     return replace(state, harm=harm, charged=replace(state.charged, damage=harm.total.damage))
 
 
+def _first_frames_are_taken(state: State, plan: DamagePlan) -> bool:
+    return all(frames_of(state, place) >= plan.exposures for place in plan.references)
+
+
 def _rest(state: State) -> State:
-    """Ready for the next step, once the embedding has been trained if it is time for that."""
+    """Ready for the next step, once the response has been fitted and the embedding been trained if it is time for
+    that: the response waits for all first frames of the references."""
+    harm = state.harm
+    if harm is not None and len(harm.usable) > harm.fitted and _first_frames_are_taken(state, harm.plan):
+        return replace(state, phase="fitting")
     if state.embedding is None and 0 < state.plan.learn_patches <= _patch_count(state.scans):
         return replace(state, phase="learning")
     return replace(state, phase=state.rest)

@@ -28,6 +28,8 @@ TAIL_SHARE, TAIL_FROM_NM, TAIL_TILES = 0.028, 0.5, 3
 of an aperture; the share was computed for 80 kV, 30 mrad), and how far it is followed."""
 POINTS_PER_NM = 16
 """Fineness at which a turned region is laid over the tiles."""
+TILES_AT_ONCE = 4096
+"""Tiles whose damage is computed together: each takes a number a draw, and an overview may have a million."""
 CHANCES = tuple(NormalDist().inv_cdf((k + 0.5) / 16) for k in range(16))
 """Equally likely deviates of what chance adds."""
 
@@ -144,11 +146,15 @@ def footprint(region: ScanRegion, field_nm: tuple[float, float]) -> Footprint:
     u = region.fov_nm[0] * ((np.arange(fast) + 0.5) / fast - 0.5)
     v = region.fov_nm[1] * ((np.arange(slow) + 0.5) / slow - 0.5)[:, None]
     c, s = math.cos(region.rotation_rad), math.sin(region.rotation_rad)
-    x = np.floor((region.center_nm[0] + c * u - s * v) / TILE_NM).astype(np.int64)
-    y = np.floor((region.center_nm[1] + s * u + c * v) / TILE_NM).astype(np.int64)
+    across, down = (c * u, c * v) if s == 0.0 else (c * u - s * v, s * u + c * v)
+    x = np.floor((region.center_nm[0] + across) / TILE_NM).astype(np.int64)
+    y = np.floor((region.center_nm[1] + down) / TILE_NM).astype(np.int64)
     left, top = int(x.min()) - TAIL_TILES, int(y.min()) - TAIL_TILES
     wide, high = int(x.max()) + TAIL_TILES + 1 - left, int(y.max()) + TAIL_TILES + 1 - top
-    counted = np.bincount(((y - top) * wide + x - left).ravel(), minlength=wide * high).reshape(high, wide)
+    if s == 0.0:  # an overview may be large
+        counted = np.outer(np.bincount(y.ravel() - top, minlength=high), np.bincount(x.ravel() - left, minlength=wide))
+    else:
+        counted = np.bincount(((y - top) * wide + x - left).ravel(), minlength=wide * high).reshape(high, wide)
     spread = _with_tails(counted / (fast * slow))
     rows, cols = _shape(field_nm)
     row, col = np.nonzero(spread > 0.0)
@@ -183,12 +189,16 @@ def forecast(
     In a tile of area a with N = a x sites bond units, chance adds the variance of a binomial number of them,
     (a w)^2 p (1 - p) / N with p the share that breaks.
     """
-    tiles, before = where.tiles, fluence[where.tiles]
+    before = fluence[where.tiles]
     after = before + where.added(electrons)
-    phase, weight = on.phase[tiles], on.weight[tiles] * TILE_NM**2
-    broken = response.damaged(phase, after) - response.damaged(phase, before)
-    variance = (weight**2 * broken * (1.0 - broken)).sum(axis=1) / (plan.sites_per_nm2 * TILE_NM**2)
-    return Forecast((weight * broken).sum(axis=1), np.sqrt(np.maximum(variance, 0.0)))
+    mean, variance = np.zeros((2, len(response.amplitude)))
+    for start in range(0, len(where.tiles), TILES_AT_ONCE):
+        some = slice(start, start + TILES_AT_ONCE)
+        phase, weight = on.phase[where.tiles[some]], on.weight[where.tiles[some]] * TILE_NM**2
+        broken = response.damaged(phase, after[some]) - response.damaged(phase, before[some])
+        mean += (weight * broken).sum(axis=1)
+        variance += (weight**2 * broken * (1.0 - broken)).sum(axis=1) / (plan.sites_per_nm2 * TILE_NM**2)
+    return Forecast(mean, np.sqrt(np.maximum(variance, 0.0)))
 
 
 def total(plan: DamagePlan, response: Response, on: Ground, fluence: Floats) -> Forecast:

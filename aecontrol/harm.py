@@ -107,7 +107,7 @@ class Harm:
         """After a key was settled: what it brought is on the map and charged; nothing for one that never fired."""
         if record.state == "VOID":
             return self
-        where = forecast.footprint(_place(record.region), self.instrument.field_nm)
+        where = forecast.footprint(_place(record.scanned), self.instrument.field_nm)
         fluence = self.fluence.copy()
         fluence[where.tiles] += where.added(record.charge.electrons or 0)
         charge = self._charge(record)
@@ -161,7 +161,9 @@ class Harm:
         in full, is taken as two standard deviations. In the one area, or anywhere."""
         tolerance = self.instrument.current_tolerance
         expected = self._forecast(region, (bound.electrons or 0) / (1.0 + tolerance), area)
-        return expected.blurred(0.5 * tolerance).quantile(self.plan.quantile)
+        # what is charged in the end is the mean, which lies far above the median where little is known
+        least = (1.0 + tolerance) * expected.expected
+        return max(expected.blurred(0.5 * tolerance).quantile(self.plan.quantile), least)
 
     def _forecast(self, region: ScanRegion, electrons: float, area: AreaPlan | None = None) -> forecast.Forecast:
         field_nm = self.instrument.field_nm
@@ -174,10 +176,11 @@ class Harm:
         """What a settled key is charged on top of the present map: what is expected of the electrons measured; what was
         reserved where nobody knows."""
         electrons = record.charge.electrons or 0
-        areas = tuple(self._forecast(record.region, electrons, area).expected for area in self.areas)
         if record.state == "INDET":
-            return HarmCharge(record.bound.damage, "model", areas)
-        return HarmCharge(self._forecast(record.region, electrons).expected, "model", areas)
+            reserved = tuple(self._reserved(record.region, record.bound, area) for area in self.areas)
+            return HarmCharge(record.bound.damage, "model", reserved)
+        areas = tuple(self._forecast(record.scanned, electrons, area).expected for area in self.areas)
+        return HarmCharge(self._forecast(record.scanned, electrons).expected, "model", areas)
 
     def _foretold(self, event: DamageMeasured, keys: Keys) -> tuple[float, float]:
         """Mean score that the response expects of a comparison, and its standard deviation: of the response, of what
@@ -197,7 +200,7 @@ class Harm:
         assert event.sd is not None
         mean, sd = self._foretold(event, keys)
         off = abs(event.mean - mean) / math.hypot(sd, event.sd, MODEL_ERROR * mean)
-        if off <= NormalDist().inv_cdf(1.0 - self.plan.alarm / 2.0):
+        if off <= -NormalDist().inv_cdf(self.plan.alarm / 2.0):
             return ""
         return (
             f"a comparison shows damage of {event.mean:.3g}, foretold was {mean:.3g} (off by {off:.1f} standard "
@@ -210,9 +213,15 @@ class Harm:
         mean, _ = self._foretold(event, keys)
         region, charge = keys[event.key].region, self.charges[event.key]
         where = forecast.footprint(_place(region), self.instrument.field_nm)
-        counted = region.area_nm2 * float((self.ground.weight[where.tiles] * where.share).sum() / where.share.sum())
-        surplus = max(event.mean - mean, 0.0) / float(np.mean(self.response.amplitude)) * counted
-        charge = charge._replace(damage=charge.damage + surplus, basis="measured")
+        surplus = max(event.mean - mean, 0.0) / float(np.mean(self.response.amplitude))
+        per_share = surplus * region.area_nm2 / float(where.share.sum())
+
+        def raised(now: float, part: forecast.Footprint) -> float:
+            return now + per_share * float((self.ground.weight[part.tiles] * part.share).sum())
+
+        parts = (where.among(forecast.area_tiles(area, self.instrument.field_nm)) for area in self.areas)
+        by_area = tuple(map(raised, charge.by_area, parts))
+        charge = HarmCharge(raised(charge.damage, where), "measured", by_area)
         return replace(self, charges={**self.charges, event.key: charge})
 
 
@@ -245,6 +254,6 @@ def _middles(points_nm: Floats, keys: Keys) -> Iterator[tuple[str, Floats]]:
     for key, record in keys.items():
         if record.state == "VOID":
             continue
-        added = forecast.local_fluence(points_nm, record.region, record.charge.electrons or 0)
+        added = forecast.local_fluence(points_nm, record.scanned, record.charge.electrons or 0)
         yield key, before + 0.5 * added
         before = before + added

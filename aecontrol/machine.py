@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from aecontrol.areas import AreaCharge, over_areas, same_names, share_within
+from aecontrol.areas import AreaCharge, charge_within, over_areas, same_names
 from aecontrol.commands import (
     Command,
     Decide,
@@ -57,7 +57,6 @@ from aecontrol.state import (
     windows,
 )
 from aecontrol.types import (
-    AreaPlan,
     Capabilities,
     Charge,
     DriftPlan,
@@ -112,26 +111,33 @@ def preflight(plan: Plan, capabilities: Capabilities) -> None:
     )
     _check_damage(plan, state)
     candidate_grid(plan.scan, capabilities.field_nm, plan.margin_nm)
-    grids = [windows(kind, capabilities.field_nm, plan.margin_nm) for kind in plan.scan.kinds]
-    regions = [("sub-scan", _first_outside(plan.areas, grid)) for grid in grids]
-    if plan.overview is not None:
-        regions.insert(0, ("overview", overview_region(plan.overview, capabilities.field_nm, plan.margin_nm)))
     if plan.drift is not None:
-        regions.insert(0, ("drift's reference region", reference_region(plan.drift)))
-    if plan.damage is not None:
-        regions += [("reference place", reference_frame(plan.damage, place)) for place in plan.damage.references]
-    for name, region in regions:
-        # with references the first guess of damage will be mended before anything else is exposed
-        learns = plan.damage is not None and plan.damage.references
-        bound = _bound(region, state.bounded) if learns else bound_of(state, region)
-        if reason := refusal(state, region, bound, plan.decision_seconds):
-            raise BadInput(f"the {name} cannot be taken: {reason}", f"change the {name}'s table or raise the budget")
+        _check_one(state, "drift's reference region", reference_region(plan.drift))
+    start = state
+    if plan.damage is not None and plan.damage.references:
+        for region in plan.damage.exposures * [reference_frame(plan.damage, place) for place in plan.damage.references]:
+            _check_one(state, "reference place", region)
+            state = _once_exposed(state, region, _bound(region, state.bounded))
+        # by then the first guess of damage will be mended
+        start, state = replace(start, harm=None), replace(state, harm=None)
+    if plan.overview is not None:
+        overview = overview_region(plan.overview, capabilities.field_nm, plan.margin_nm)
+        _check_one(state, "overview", overview)
+    for kind in plan.scan.kinds:
+        grid = windows(kind, capabilities.field_nm, plan.margin_nm)
+        _check_one(start, "sub-scan", _first_allowed(start, grid) if plan.areas else grid[0])
 
 
-def _first_outside(areas: Sequence[AreaPlan], grid: Sequence[ScanRegion]) -> ScanRegion:
-    """The first window that meets no area with limits of its own, if there is one."""
-    free = (region for region in grid if not any(share_within(region, area, 0.0) for area in areas))
-    return next(free, grid[0])
+def _check_one(state: State, name: str, region: ScanRegion) -> None:
+    """Raise BadInput when ``region`` cannot be exposed in this state."""
+    if reason := refusal(state, region, bound_of(state, region), state.plan.decision_seconds):
+        raise BadInput(f"the {name} cannot be taken: {reason}", f"change the {name}'s table or raise the budget")
+
+
+def _first_allowed(state: State, grid: Sequence[ScanRegion]) -> ScanRegion:
+    """The first window that can be exposed, if there is one: others may meet areas with limits of their own."""
+    allowed = (region for region in grid if refusal(state, region, bound_of(state, region)) is None)
+    return next(allowed, grid[0])
 
 
 def _check_damage(plan: Plan, state: State) -> None:
@@ -206,9 +212,18 @@ def _once_measured(state: State) -> State:
     if state.plan.drift is None or not _drift_is_due(state):
         return state
     region = reference_region(state.plan.drift)
-    bound = bound_of(state, region)
+    return _once_exposed(state, region, bound_of(state, region))
+
+
+def _once_exposed(state: State, region: ScanRegion, bound: Charge) -> State:
+    """The state as an exposure would leave it at most charged; what it harms is not yet known."""
     tiles = state.tile_map.add(region, bound.peak_fluence_e_per_A2 or 0.0)
-    return replace(state, charged=state.charged.plus(bound, state.plan.decision_seconds), tiles=tiles)
+    areas = tuple(
+        spent.plus(charge_within(region, bound, area, state.bounded))
+        for area, spent in zip(state.plan.areas, state.areas, strict=True)
+    )
+    charged = state.charged.plus(bound, state.plan.decision_seconds)
+    return replace(state, charged=charged, tiles=tiles, areas=areas)
 
 
 @lru_cache(maxsize=65536)

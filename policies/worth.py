@@ -38,16 +38,20 @@ FREE = 1e-3
 THRESHOLDS = np.exp(np.linspace(-math.log(8.0), math.log(8.0), 13))
 """Values of e0 that are weighed, in exposures of the first kind of window; their logarithm is N(0, 1) beforehand: the
 user is taken to have chosen a first kind that is about right."""
+ROUNDING = 1e-9
+"""A smaller share than this of what a window shows is nothing: exposures are products that are rounded."""
 POINTS = (np.arange(6) + 0.5) / 6 - 0.5
 """Where along each side a window is asked whether it has been seen, in units of the side."""
 
 
 @dataclass(frozen=True)
 class Looks:
-    """How closely windows look: ``area`` [n] and ``exposure`` [n], beam time per area, both relative to the first."""
+    """How closely windows look: ``area`` [n] and ``exposure`` [n], beam time per area, both relative to the first;
+    ``alike``: whether all are of one kind, pixels included."""
 
     area: Floats
     exposure: Floats
+    alike: bool
 
     @classmethod
     def of(cls, regions: Sequence[ScanRegion], first: ScanRegion) -> Looks:
@@ -55,16 +59,12 @@ class Looks:
         area = np.array([region.area_nm2 for region in regions], dtype=np.float64)
         time = np.array([region.pixels * region.dwell_time_s for region in regions], dtype=np.float64)
         unit = first.pixels * first.dwell_time_s / first.area_nm2
-        return cls(area / first.area_nm2, (time / area) / unit)
-
-    @property
-    def alike(self) -> bool:
-        """True when all windows are of one kind."""
-        return bool((self.area == 1.0).all() and (self.exposure == 1.0).all())
+        kinds = {(region.fov_nm, region.shape, region.dwell_time_s) for region in (first, *regions)}
+        return cls(area / first.area_nm2, (time / area) / unit, len(kinds) == 1)
 
     def first(self, n: int) -> Looks:
         """The looks of the first n windows."""
-        return Looks(self.area[:n], self.exposure[:n])
+        return Looks(self.area[:n], self.exposure[:n], self.alike)
 
     def gain(self, threshold: float) -> Floats:
         """What each window shows of unseen ground [n], over what a window of the first kind would."""
@@ -123,8 +123,8 @@ def unseen(candidates: Sequence[ScanRegion], looks: Looks, history: History, thr
     seen = np.zeros(x.shape)
     for region, there in zip(told, shown(Looks.of(told, candidates[0]).exposure, threshold), strict=True):
         seen = np.maximum(seen, there * _inside(region, x, y))
-    left = np.maximum(share[:, None, None] - seen, 0.0).mean(axis=(1, 2))
-    return np.asarray(left / share)
+    left = np.maximum(share[:, None, None] - seen, 0.0).mean(axis=(1, 2)) / share
+    return np.where(left > ROUNDING, left, 0.0)
 
 
 def _inside(region: ScanRegion, x: Floats, y: Floats) -> Floats:
@@ -171,7 +171,8 @@ def log_price(history: History, cost: Cost, cools: bool) -> Floats:
     dearest = float(charge.max(initial=0.0))
     if dearest <= 0.0:
         return np.zeros(len(charge))
-    alpha = min(max(history.left.get(cost, 1.0), 0.0), 1.0) if cools else 1.0
+    currency = "pixels" if cost == "electrons" and history.charges[0].electrons is None else cost
+    alpha = min(max(history.left.get(currency, 1.0), 0.0), 1.0) if cools else 1.0
     return np.asarray(alpha * np.log(np.maximum(charge / dearest, FREE)))
 
 

@@ -36,6 +36,15 @@ def command_digest(region: ScanRegion, bound: Charge) -> str:
     return hashlib.sha256(f"{region.model_dump_json()}\n{bound.model_dump_json()}".encode()).hexdigest()
 
 
+def scanned_part(region: ScanRegion, measured: Charge | None) -> ScanRegion:
+    """All of ``region``, or its lines that a pulse which ended early has scanned (the line that was begun counts).
+    Unless all is known it is nothing less than all; the pixels of a record are counted when they are new, so they tell
+    nothing."""
+    if measured is None or measured.electrons is None or measured.pixels >= region.pixels:
+        return region
+    return region.first_lines(max(1, -(-measured.pixels // region.shape[1])))
+
+
 class KeyRecord(Model):
     """One key in the controller's ledger."""
 
@@ -56,6 +65,11 @@ class KeyRecord(Model):
         if self.state == "VOID":
             return Charge(electrons=None if self.bound.electrons is None else 0, pixels=0, seconds=0.0)
         return self.bound
+
+    @property
+    def scanned(self) -> ScanRegion:
+        """Where its electrons went: all of its region, or what a pulse that ended early has scanned of it."""
+        return scanned_part(self.region, self.measured)
 
     @property
     def overrun(self) -> bool:

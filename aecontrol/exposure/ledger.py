@@ -11,7 +11,7 @@ from aecontrol.errors import InstrumentFault
 from aecontrol.types import Capabilities, Charge, Count, Model, ScanRegion, Sha256
 
 from .interlocks import InterlockLimits, dose_disagreement, over_shot_limits, tile_bounds
-from .keys import Outcome, command_digest
+from .keys import Outcome, command_digest, scanned_part
 
 
 class LedgerRecord(Model):
@@ -77,16 +77,12 @@ class Ledger:
 
 
 def delivered(entry: Entry) -> ScanRegion | None:
-    """Where the electrons of a key that fired went, in the instrument's field: all of its region, or the lines that a
-    pulse which ended early has scanned (the line that was begun counts); None when there were none. Of INDET nothing
-    less than all is known; the pixels of a record are counted when they are new, so they tell nothing."""
+    """Where the electrons of a key that fired went, in the instrument's field (:func:`scanned_part`); None when a pulse
+    ended before there were any. Of INDET nothing less than all is known."""
     assert entry.region is not None
     whole, measured = entry.region.sent, entry.measured
-    if measured is None or measured.electrons is None or measured.pixels >= whole.pixels:
-        return whole
-    if measured.electrons == 0:
-        return None
-    return whole.first_lines(max(1, -(-measured.pixels // whole.shape[1])))
+    part = scanned_part(whole, measured)
+    return None if part is not whole and measured is not None and measured.electrons == 0 else part
 
 
 def absorb(ledger: Ledger, record: LedgerRecord) -> Ledger:

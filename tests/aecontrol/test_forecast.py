@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -194,3 +195,45 @@ def test_a_protected_area_is_never_exposed_and_others_keep_to_their_limits():
     frail = AREA.model_copy(update={"electrons": None, "damage": 1.0})
     assert refused(half, frail, damage=(0.5, 0.9)) is None
     assert "damage" in (refused(half, frail, damage=(0.5, 1.1)) or "")
+
+
+@pytest.mark.parametrize(
+    ("limit", "changes"),
+    [
+        ({"electrons": 0}, {"drifts": True}),
+        ({"seconds": 1e-9}, {"drifts": True}),
+        ({"damage": 0.0}, {"drifts": True}),
+        ({"peak_fluence_e_per_A2": 1e9}, {"position_error_nm": None}),
+    ],
+)
+def test_no_place_is_far_enough_from_a_protected_area_for_a_beam_whose_error_has_no_bound(limit, changes):
+    astray, far = COLUMN.model_copy(update=changes), region(4.0, wide=2.0)
+    area = AREA.model_copy(update={"electrons": None, **limit})
+    bound, tiles = bound_charge(far, astray), TileMap.of(astray)
+    assert over_areas(far, bound, (area,), (NOTHING,), ((0.0, 0.0),), tiles, astray)
+    assert over_areas(far, bound_charge(far, COLUMN), (area,), (NOTHING,), ((0.0, 0.0),), tiles, COLUMN) is None
+
+
+def test_electrons_that_nobody_counts_do_not_fall_into_an_area_that_limits_them():
+    record = COLUMN.model_copy(update={"unit": "pixels", "beam_current_pA": None, "pixel_size_nm": 0.1})
+    tiles, on_it, far = TileMap.of(record), region(14.0), region(6.0)
+    for there, refused in ((on_it, True), (far, False)):
+        reason = over_areas(there, bound_charge(there, record), (AREA,), (NOTHING,), ((0.0, 0.0),), tiles, record)
+        assert bool(reason) is refused
+
+
+def test_an_overview_of_a_large_field_is_forecast_in_little_memory():
+    tracemalloc.start()
+    try:
+        field_nm = (300.0, 280.0)
+        whole = region(150.0, 140.0, 300.0, 280.0)
+        where = footprint.__wrapped__(whole, field_nm)
+        on = ground.__wrapped__(PLAN, (), field_nm)
+        forecast(PLAN, prior(("specimen",), 1000.0, 1.0), on, on.fresh, where, 1e6)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 6e7
+    small = region(9.3, 7.7)
+    straight, turned_little = (footprint(small.model_copy(update={"rotation_rad": r}), FIELD_NM) for r in (0.0, 1e-15))
+    assert np.array_equal(straight.share, turned_little.share)

@@ -162,3 +162,31 @@ def test_a_measurement_that_contradicts_the_forecast_raises_the_alarm():
     untaught = replace(harm, response=response().model_copy(update={"method": "prior"}))
     assert not untaught.measured(seen(records[1], records[0], 1.0), keys).alarm
     assert harm.total.damage < 1.5  # of 16: a sacrificed place, only tails count
+
+
+def test_an_alarm_as_unlikely_as_can_be_wished_can_be_asked_for():
+    frame = reference_frame(DAMAGE, PLACE)
+    records = [key(1, frame), key(2, frame)]
+    harm, keys = settled(*records)
+    harm = replace(harm, plan=DAMAGE.model_copy(update={"alarm": 1e-30}))
+    assert not harm.measured(seen(records[1], records[0], 0.05), keys).alarm
+    assert harm.measured(seen(records[1], records[0], 1.0, sd=0.001), keys).alarm
+
+
+def test_whatever_quantile_is_asked_for_the_settlement_of_a_first_guess_stays_within_its_reserve():
+    harm = replace(settled()[0], response=Harm.of(PLAN, COLUMN).response)
+    for quantile in (0.5, 0.8, 0.95):
+        bold = replace(harm, plan=DAMAGE.model_copy(update={"quantile": quantile}))
+        for record in (key(1, window()), key(1, window(15.0, 8.0), part=1.0)):
+            assert bold.settled(record).total.damage <= bold.reserve(record.region, record.bound)
+
+
+def test_what_a_second_look_shows_in_an_area_is_charged_to_the_area():
+    records = [key(1, window(15.0, 8.0)), key(2, window(15.0, 8.0))]
+    harm, keys = settled(*records)
+    more = harm.measured(seen(records[1], records[0], 1.5), keys)
+    added = more.total.damage - harm.total.damage
+    assert added > 5.0
+    assert more.total.by_area[0] - harm.total.by_area[0] == pytest.approx(added, rel=0.05)
+    unknown, _ = settled(key(1, window(15.0, 8.0), "INDET"))
+    assert unknown.total.by_area == settled()[0].reserve_by_area(records[0].region, records[0].bound)

@@ -41,7 +41,7 @@ from aecontrol.true_damage import true_damage
 from aecontrol.types import Plan
 from drivers.faults import CallFault, FaultyMicroscope
 
-FIRST_SEED = 1000
+FIRST_SEED = 2000
 ELECTRONS = 350_000_000
 """Budget of the session that counts electrons: about as much damage as the other one may do."""
 CONTROL_E_PER_A2 = 1.0e5

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from policies.bayes import Bayes
 from policies.contract import PolicyContract, history, several_kinds, windows
-from policies.worth import Looks, learn_threshold, shown, unseen
+from policies.worth import Looks, learn_threshold, log_price, shown, unseen
 
 
 class TestBayesPerDamage(PolicyContract):
@@ -146,3 +148,29 @@ def test_a_session_ends_when_nothing_is_left_to_see():
     alike = KINDS[:16]
     view = history(alike, list(range(15)), [0.0] * 15, None)
     assert Bayes(cost="electrons").decide(view, alike, 0).explanation.candidate == 15
+
+
+@pytest.mark.parametrize("policy", [Bayes(), Bayes(cost="electrons"), Bayes(acquisition="max_variance")])
+def test_as_many_electrons_in_finer_pixels_show_nothing_new(policy):
+    """Two kinds of windows of equal size and exposure are still two: a place that one has seen is not offered again."""
+    twice = (*windows(3, 3, dwell_time_s=4e-6), *windows(3, 3, pixels=32))
+    scans = [0, 1, 2, 3, 4, 5, 6, 7]
+    view = history(twice, scans, [9.0, 8.0, 9.0, 7.0, 9.0, 8.0, 9.0, 0.0], None)
+    assert policy.decide(view, twice, 0).explanation.candidate in (8, 17)
+
+
+def test_where_pixels_are_the_currency_the_charge_cools_with_their_budget():
+    """On a record no electrons are counted."""
+    view = history(GRID, [], [], RICH)
+    charges = [c.model_copy(update={"electrons": None, "pixels": 10 * (i + 1)}) for i, c in enumerate(view.charges)]
+    view = replace(view, charges=tuple(charges), left={"pixels": 0.25})
+    whole = log_price(view, "electrons", cools=False)
+    assert np.allclose(log_price(view, "electrons", cools=True), 0.25 * whole)
+
+
+def test_rounding_leaves_nothing_to_see():
+    """Exposures that differ in their last digits only show the same."""
+    twice = (*windows(2, 2), *windows(2, 2, dwell_time_s=1e-6 * (1.0 + 1e-12)))
+    view = history(twice, [0, 1, 2, 3], [3.0] * 4, None)
+    assert (unseen(twice, Looks.of(twice, twice[0]), view, 1.0) == 0.0).all()
+    assert Bayes(cost="electrons").decide(view, twice, 0).kind == "stop"
