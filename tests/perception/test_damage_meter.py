@@ -110,7 +110,7 @@ def test_the_likelihood_ratio_of_flat_frames_is_that_of_two_poisson_counts():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.floats(0.001, 0.3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_false_discovery_control_agrees_with_scipy(p, rate):
     values = np.array(p)
     adjusted = false_discovery_control(values)
