@@ -41,6 +41,7 @@ from aecontrol.state import (
     frames_of,
 )
 from aecontrol.types import (
+    DamagePlan,
     Scan,
     Stop,
 )
@@ -263,12 +264,16 @@ def _rest(state: State) -> State:
     """Ready for the next step, once the response has been fitted and the embedding been trained if it is time for
     that: the response waits for all first frames of the references."""
     harm = state.harm
-    if harm is not None and len(harm.usable) > harm.fitted:
-        if all(frames_of(state, place) >= harm.plan.exposures for place in harm.plan.references):
-            return replace(state, phase="fitting")
+    if harm is not None and len(harm.usable) > harm.fitted and not _references_wait(state, harm.plan):
+        return replace(state, phase="fitting")
     if state.embedding is None and 0 < state.plan.learn_patches <= _patch_count(state.scans):
         return replace(state, phase="learning")
     return replace(state, phase=state.rest)
+
+
+def _references_wait(state: State, plan: DamagePlan) -> bool:
+    """True while some of the first frames of the references are still to come."""
+    return any(frames_of(state, place) < plan.exposures for place in plan.references)
 
 
 def _apply_perceived(state: State, event: Perceived) -> State:

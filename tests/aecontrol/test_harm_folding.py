@@ -32,9 +32,7 @@ DIGESTS = {"HAADF": "0" * 64}
 
 
 def started(plan=TAUGHT):
-    state = begin(
-        SessionStarted(session="s", seed=0, config={}, base=".", plan=plan, version="", created_unix_s=0.0)
-    )
+    state = begin(SessionStarted(session="s", seed=0, config={}, base=".", plan=plan, version="", created_unix_s=0.0))
     return apply(state, InstrumentReady(capabilities=COLUMN, perceiver="p", metric="m"))
 
 
