@@ -50,7 +50,10 @@ def share_within(region: ScanRegion, area: AreaPlan, error_nm: float) -> float:
 def charge_within(region: ScanRegion, charge: Charge, area: AreaPlan, instrument: Capabilities) -> AreaCharge:
     """The part of a charge, damage aside, that is put down to an area: never less than what can have fallen there."""
     error_nm = instrument.beam_error_nm
-    share = 1.0 if error_nm is None else share_within(region, area, error_nm)  # without a bound it can be anywhere
+    there = region.model_copy(
+        update={"shift_nm": (0.0, 0.0)}
+    )  # of the specimen, and remembered wherever it has drifted
+    share = 1.0 if error_nm is None else share_within(there, area, error_nm)  # without a bound it can be anywhere
     if share == 0.0 or not (charge.seconds or charge.electrons):
         return AreaCharge()
     parked = 0.0

@@ -260,19 +260,20 @@ def _with_harm(state: State, harm: Harm) -> State:
     return replace(state, harm=harm, charged=replace(state.charged, damage=harm.total.damage))
 
 
-def _first_frames_are_taken(state: State, plan: DamagePlan) -> bool:
-    return all(frames_of(state, place) >= plan.exposures for place in plan.references)
-
-
 def _rest(state: State) -> State:
     """Ready for the next step, once the response has been fitted and the embedding been trained if it is time for
     that: the response waits for all first frames of the references."""
     harm = state.harm
-    if harm is not None and len(harm.usable) > harm.fitted and _first_frames_are_taken(state, harm.plan):
+    if harm is not None and len(harm.usable) > harm.fitted and not _references_wait(state, harm.plan):
         return replace(state, phase="fitting")
     if state.embedding is None and 0 < state.plan.learn_patches <= _patch_count(state.scans):
         return replace(state, phase="learning")
     return replace(state, phase=state.rest)
+
+
+def _references_wait(state: State, plan: DamagePlan) -> bool:
+    """True while some of the first frames of the references are still to come."""
+    return any(frames_of(state, place) < plan.exposures for place in plan.references)
 
 
 def _apply_perceived(state: State, event: Perceived) -> State:

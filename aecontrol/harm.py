@@ -162,8 +162,9 @@ class Harm:
         tolerance = self.instrument.current_tolerance
         expected = self._forecast(region, (bound.electrons or 0) / (1.0 + tolerance), area)
         # what is charged in the end is the mean, which lies far above the median where little is known
-        least = (1.0 + tolerance) * expected.expected
-        return max(expected.blurred(0.5 * tolerance).quantile(self.plan.quantile), least)
+        return max(
+            expected.blurred(0.5 * tolerance).quantile(self.plan.quantile), (1.0 + tolerance) * expected.expected
+        )
 
     def _forecast(self, region: ScanRegion, electrons: float, area: AreaPlan | None = None) -> forecast.Forecast:
         field_nm = self.instrument.field_nm

@@ -54,7 +54,8 @@ def _draw_response(ax: Axes, record: Record, harm: Harm) -> None:
             ax.errorbar(later, mean + missed, yerr=sd, fmt="o", ms=4, color=colour, label=f"{name}: measured")
     ax.axhline(0.0, color=MUTED, lw=0.8)
     ax.set(xlabel="fluence, e/Å²", ylabel="damage shown by the metric", title="response to the beam", xlim=(0.0, reach))
-    ax.legend(loc="upper left")
+    if points or response.method != "prior":
+        ax.legend(loc="upper left")
 
 
 def _draw_map(ax: Axes, record: Record, harm: Harm) -> None:

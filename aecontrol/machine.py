@@ -279,10 +279,14 @@ def _before_overview(state: State) -> Command | None:
     return None if place is None else _look_at(state, place)
 
 
-def _take_overview(state: State) -> FollowPlan:
+def _take_overview(state: State) -> FollowPlan | Finish:
+    """The overview; or the end, where the references have shown that the budget does not bear it."""
     assert state.capabilities is not None
     assert state.plan.overview is not None
     region = overview_region(state.plan.overview, state.capabilities.field_nm, state.plan.margin_nm)
+    bound = bound_of(state, region)
+    if reason := refusal(_once_measured(state), _now(state, region), bound, state.plan.decision_seconds):
+        return Finish(Stopped(cause="budget", reason=f"the overview cannot be taken any more: {reason}"))
     why = "first a cheap look at the whole field"
     return FollowPlan(0, Scan(regions=(region,), role="overview", explanation=Explanation(policy="overview", why=why)))
 

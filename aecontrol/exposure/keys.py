@@ -37,7 +37,7 @@ def command_digest(region: ScanRegion, bound: Charge) -> str:
 
 
 def scanned_part(region: ScanRegion, measured: Charge | None) -> ScanRegion:
-    """All of ``region``, or its lines that a pulse which ended early has scanned (the line that was begun counts).
+    """All of ``region``, or the lines that a pulse which ended early has scanned of it (one that was begun counts).
     Unless all is known it is nothing less than all; the pixels of a record are counted when they are new, so they tell
     nothing."""
     if measured is None or measured.electrons is None or measured.pixels >= region.pixels:

@@ -237,3 +237,11 @@ def test_an_overview_of_a_large_field_is_forecast_in_little_memory():
     small = region(9.3, 7.7)
     straight, turned_little = (footprint(small.model_copy(update={"rotation_rad": r}), FIELD_NM) for r in (0.0, 1e-15))
     assert np.array_equal(straight.share, turned_little.share)
+
+
+def test_where_a_window_lies_in_an_area_is_computed_once_however_far_it_drifts():
+    bound, first = bound_charge(region(), COLUMN), charge_within(region(), bound_charge(region(), COLUMN), AREA, COLUMN)
+    known = share_within.cache_info().misses
+    drifted = region().model_copy(update={"shift_nm": (0.3, -0.2)})
+    assert charge_within(drifted, bound, AREA, COLUMN) == first
+    assert share_within.cache_info().misses == known

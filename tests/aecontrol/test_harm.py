@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from aecontrol.events import DamageMeasured
 from aecontrol.exposure import KeyRecord
 from aecontrol.forecast import total
 from aecontrol.harm import Harm, reference_frame
-from aecontrol.response import Response
+from aecontrol.harm_figure import draw_harm
+from aecontrol.response import Response, prior
 from aecontrol.types import (
     AreaPlan,
     ArrayRef,
@@ -190,3 +192,9 @@ def test_what_a_second_look_shows_in_an_area_is_charged_to_the_area():
     assert more.total.by_area[0] - harm.total.by_area[0] == pytest.approx(added, rel=0.05)
     unknown, _ = settled(key(1, window(15.0, 8.0), "INDET"))
     assert unknown.total.by_area == settled()[0].reserve_by_area(records[0].region, records[0].bound)
+
+
+def test_a_session_that_measured_nothing_has_its_pictures_too():
+    harm, keys = settled(key(1, window()), believed=prior(("glass", "soft"), 2000.0, 1.0))
+    record = SimpleNamespace(state=SimpleNamespace(harm=harm, keys=keys), field_nm=COLUMN.field_nm)
+    assert len(draw_harm(record).axes) == 3  # the colour bar is one of them

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from aecontrol.commands import Expose, Fetch, FitResponse, FollowPlan, MeasureDamage, Reserve
+from aecontrol.commands import Expose, Fetch, Finish, FitResponse, FollowPlan, MeasureDamage, Reserve
 from aecontrol.errors import BadInput
 from aecontrol.events import (
     DamageMeasured,
@@ -16,6 +16,7 @@ from aecontrol.events import (
     Paused,
     Posted,
     Recorded,
+    ResponseFitted,
     Resumed,
     SessionStarted,
 )
@@ -23,7 +24,7 @@ from aecontrol.folding import apply, begin
 from aecontrol.machine import next_command, preflight
 from aecontrol.types import AreaPlan, Budget, Frame, OverviewPlan
 
-from .test_harm import COLUMN, DAMAGE, PLAN, TABLE
+from .test_harm import COLUMN, DAMAGE, PLAN, TABLE, response
 
 LATER = OverviewPlan(fov_nm=(8.0, 8.0), center_nm=(8.0, 10.0), shape=(16, 16), dwell_time_s=1e-6)
 TAUGHT = PLAN.model_copy(update={"overview": LATER, "damage": DAMAGE.model_copy(update={"exposures": 2})})
@@ -114,3 +115,12 @@ def test_a_plan_whose_references_or_first_guess_cannot_be_carried_out_is_refused
     corner = AreaPlan(name="corner", center_nm=(1.0, 1.0), fov_nm=(2.0, 2.0), electrons=0)
     plan = PLAN.model_copy(update={"damage": None, "areas": (corner,), "budget": Budget(electrons=10**9)})
     preflight(plan, COLUMN.model_copy(update={"position_error_nm": 2.5}))  # other windows are far enough
+
+
+def test_an_overview_that_the_budget_does_not_bear_any_more_ends_the_session_by_its_plan():
+    state = started(TAUGHT.model_copy(update={"budget": Budget(electrons=10**9, damage=20.0)}))
+    state = exposed(exposed(state))
+    soft = response(hard=1.0, soft=1.0)
+    command = next_command(apply(state, ResponseFitted(response=soft, measurements=1)))
+    assert isinstance(command, Finish)
+    assert command.event.cause == "budget"
