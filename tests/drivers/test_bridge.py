@@ -277,6 +277,7 @@ def test_a_latch_is_not_cleared_without_a_reason_and_nothing_stays_behind(tmp_pa
     word.close()
 
 
+@pytest.mark.slow
 def test_an_exposure_over_the_bridge_costs_little(tmp_path):
     """Half of the bar (p50 20 ms, p99 60 ms), plus what the pulse and its frame may take; the figures themselves come
     from ``python -m tests.benchmarks.exposure_overhead``."""

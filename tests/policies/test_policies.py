@@ -110,6 +110,7 @@ def test_bayes_collects_more_than_its_evidence_alone_and_than_chance():
     assert totals["bayes"] > totals["greedy"] > 1.5 * totals["random"]
 
 
+@pytest.mark.slow
 def test_shuffled_labels_destroy_the_gain():
     """Leak test: where place tells nothing, place must not help (METHODS 7.5)."""
     candidates = windows(8, 8)

@@ -71,6 +71,7 @@ def test_a_calibration_serves_its_own_settings_only():
     assert fitted.strength_A2(38) == calibration.weights_A2["Sr"] != pytest.approx(single.strength_A2(38), rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_calibration_is_made_once_and_found_again(tmp_path, monkeypatch):
     pytest.importorskip("abtem", reason="abTEM is not installed: pip install -e '.[multislice]'")
     monkeypatch.setattr(calibration_module, "CONFIGURATIONS", 3)
