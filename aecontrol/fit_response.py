@@ -40,6 +40,9 @@ from .response import Evidence, Response
 
 BETWEEN_SPECIMENS, BETWEEN_PHASES = 2.0, 1.5
 """Prior s.d. of log F, and of log F_p about it."""
+FIRST_SD = 0.3
+"""How far below the fluence of a first frame a critical fluence may lie, in the logarithm: whoever chose the ladder saw
+a specimen in it. Else a robust phase can pass for one that the first frame has already destroyed (a choice)."""
 SHARED = 0.3
 """Prior scale of the error that the patches of a pair of frames share, in null s.d. of one patch."""
 _NUDGE = 1.0 + 1e-4  # of a parameter, for a difference quotient
@@ -147,7 +150,8 @@ def _slopes(table: _Table, critical: Tensor, amplitude: Tensor) -> Iterator[Tens
 @dataclass(frozen=True)
 class _Table:
     """Evidence as means [r]; ``whiten`` [r, r] takes them to coordinates in which their errors are independent, of
-    variance 1 + ``spread`` [r] times the variance of the errors of whole frames."""
+    variance 1 + ``spread`` [r] times the variance of the errors of whole frames. ``looked`` [p]: fluence of each phase
+    in the middle of its earliest first frame; 0 where there is none."""
 
     phase: Tensor
     first: Tensor
@@ -160,6 +164,7 @@ class _Table:
     exponent: float
     gain_sd: float | None
     shared_scale: float
+    looked: Tensor
 
     @property
     def unknowns(self) -> int:
@@ -198,10 +203,11 @@ def model(table: _Table, shape: tuple[int, ...] = ()) -> None:
 
 
 def _log_likelihood(table: _Table, latent: _Latent) -> Tensor:
-    """Of the means, which are normal."""
+    """Of the means, which are normal; and of the first frames, which showed a specimen more whole than not."""
     away = (table.mean - table.expected(latent.critical, latent.amplitude)) @ table.whiten
     variance = 1.0 + latent.shared[..., None] ** 2 * table.spread
-    return -0.5 * (away.square() / variance + variance.log()).sum(-1)
+    gone = torch.log(table.looked / latent.critical).clamp(min=0.0) / FIRST_SD
+    return -0.5 * ((away.square() / variance + variance.log()).sum(-1) + gone.square().sum(-1))
 
 
 def _half_normal(point: Tensor) -> Tensor:
@@ -257,7 +263,13 @@ def _table(
         exponent,
         gain_sd,
         math.hypot(SHARED * means.null_sd, metric_sd),
+        tensor(np.array([_looked(evidence, phase) for phase in range(phases)])),
     )
+
+
+def _looked(evidence: Sequence[Evidence], phase: int) -> float:
+    """Lowest fluence at which a first frame of a phase was taken, e/A^2."""
+    return min((float(np.min(part.first)) for part in evidence if part.phase == phase and len(part.first)), default=0.0)
 
 
 # ------------------------------------------------------------ the sampler
