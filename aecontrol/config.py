@@ -124,6 +124,10 @@ def parse(raw: Mapping[str, Any], base: Path) -> SessionConfig:
     driver, perceiver, policy = (build_part(role, raw.get(role), role) for role in ("driver", "perceiver", "policy"))
     for kind in tables.compare.policies if tables.compare else ():
         build_part("policy", {"kind": kind}, f"compare.policies {kind!r}")
+    if getattr(policy, "cost", None) == "damage" and tables.damage is None:
+        raise BadInput(
+            "policy.cost = 'damage', but nothing is charged for damage", "add the table [damage], or count electrons"
+        )
     return SessionConfig(
         tables,
         cast(DriverConfig, driver),

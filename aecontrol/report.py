@@ -445,6 +445,7 @@ def _harm_limit(record: Record) -> str:
         f"Damage is charged by an exponential law fitted to {len(harm.usable)} comparisons of frames; places that were "
         "exposed once were never looked at again, so theirs is a forecast. Where damage did not yet saturate, how much "
         f"matter a score stands for is known to a factor of {factor:.2g} (90 %) from other specimens alone."
+        + ("" if harm.response.diagnostics.get("r_hat", 1.0) < 1.1 else " The fit did not converge: do not rely on it.")
     )
 
 

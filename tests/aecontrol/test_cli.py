@@ -44,6 +44,10 @@ MISTAKES = {
     "sub-scan larger than the field": (changed(("fov_nm = [", "fov_nm = [500.0, 2.0] #")), ["500", "field"]),
     "budget below the overview": (changed(("electrons = ", "electrons = 10 # ")), ["overview", "electrons", "budget"]),
     "no budget": (changed(("electrons = ", "# ")), ["budget"]),
+    "damage as a cost that nothing charges": (
+        changed(('kind = "bayes"', 'kind = "bayes"\ncost = "damage"')),
+        ["policy.cost", "[damage]"],
+    ),
     "not TOML": ("[session\n", ["not valid TOML"]),
 }
 
