@@ -48,9 +48,18 @@ def read_series(paths: Sequence[Path], request: Request) -> Series:
         raise BadInput(f"pixel sizes differ: {said} nm", "give frames of one pixel size, or --pixel-size-nm")
     shapes = {picture.array.shape[1:] for picture in pictures}
     if len(shapes) > 1:
-        raise BadInput(f"frames of different shape: {sorted(shapes)}", "give frames of one shape; crop them alike")
+        said = ", ".join(
+            f"{next(p.name for p, q in zip(files, pictures, strict=True) if q.array.shape[1:] == s)} {s[0]} x {s[1]}"
+            for s in sorted(shapes)
+        )
+        raise BadInput(f"frames of different shape: {said} px", "give frames of one shape; crop them alike")
     frames = np.concatenate([picture.array for picture in pictures])
     _check(frames)
+    if request.limit_nm is not None and request.pixel_size_nm is None and not known:
+        raise BadInput(
+            f"--limit-nm {request.limit_nm:g} is in nm, but the files do not say how large a pixel is",
+            "give --pixel-size-nm too",
+        )
     pixel = request.pixel_size_nm or (known[0] if known else None)
     return Series(
         name=files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more",
@@ -72,12 +81,24 @@ def _files(paths: Sequence[Path]) -> list[Path]:
 
 
 def _check(frames: Pixels) -> None:
+    from aecontrol.perception.damage.reading import PATCH_PX
+
     if len(frames) < 2:
         raise BadInput("1 frame; damage is a difference", "give at least 2 frames of the same place")
+    rows, cols = frames.shape[1:]
+    if min(rows, cols) < PATCH_PX:
+        colour = "; images in colour are not read" if cols in (3, 4) else ""
+        raise BadInput(
+            f"{len(frames)} frames of {rows} x {cols} px; a patch is {PATCH_PX} x {PATCH_PX} px{colour}",
+            "give a stack [frames, rows, columns] of larger images",
+        )
     for k, frame in enumerate(frames):
         bad = int((~np.isfinite(frame)).sum())
         if bad:
-            raise BadInput(f"frame {k} has {bad} pixels that are not numbers", "mend or crop them; the limit is 0")
+            raise BadInput(
+                f"frame {k} has {bad} pixels that are not numbers",
+                "crop them off in all frames, or leave the frame out; the limit is 0",
+            )
         if (largest := float(np.abs(frame.astype(np.float64)).max())) > LARGEST:
             raise BadInput(f"frame {k}: a value of {largest:.3g}; the limit is {LARGEST:g}", "give it as recorded")
 

@@ -227,7 +227,7 @@ def summary_lines(result: dict[str, Any]) -> Iterator[str]:
             dx, dy = frame["shift_px"]
             yield (
                 f"frame {frame['index']}: score {frame['score']:.4g}, {frame['flagged_fraction']:.1%} of the patches "
-                f"flagged, moved by ({dx:.2f}, {dy:.2f}) px"
+                f"flagged, moved by x {dx + 0.0:.2f}, y {dy + 0.0:.2f} px"
             )
         else:
             yield f"frame {frame['index']}: nothing may be concluded"

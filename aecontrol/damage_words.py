@@ -20,7 +20,7 @@ POOR_PX = 0.15
 def conclusions(judged: Judged) -> list[str]:
     """All that may be said of a series, most important first."""
     valid = [(k, reading) for k, reading in enumerate(judged.readings, start=1) if not reading.reason]
-    said = [f"Frame {k}: nothing may be concluded: {r.reason}." for k, r in enumerate(judged.readings, 1) if r.reason]
+    said = list(_refused(judged))
     if not valid:
         return [*said, "No frame could be compared with the first one, so nothing is known of damage."]
     return [
@@ -28,19 +28,31 @@ def conclusions(judged: Judged) -> list[str]:
         *said,
         *_dose(judged, len(valid)),
         *_caveats(valid),
+        *_lower_bound(valid),
         "The null was drawn from the first frame with shot noise alone, at the fitted focus, dose and shift; noise "
         "that is not shot noise, charging, or contamination counts as change.",
     ]
 
 
+def _refused(judged: Judged) -> Iterator[str]:
+    """Frames that nothing may be concluded from, those of one reason together."""
+    by_reason: dict[str, list[int]] = {}
+    for k, reading in enumerate(judged.readings, start=1):
+        if reading.reason:
+            by_reason.setdefault(reading.reason, []).append(k)
+    for reason, frames in by_reason.items():
+        which = f"Frame {frames[0]}" if len(frames) == 1 else f"Frames {', '.join(map(str, frames))}"
+        yield f"{which}: nothing may be concluded: {reason}."
+
+
 def _seen(valid: list[tuple[int, DamageReading]], limit_nm: float) -> Iterator[str]:
     for k, reading in valid:
         flagged = float(reading.flagged[reading.valid].mean())
-        unit = "of its matter" if reading.metric == "learned" else f"in units of {reading.metric}"
+        unit = "of its matter as estimated" if reading.metric == "learned" else f"in units of {reading.metric}"
         if flagged:
             yield (
                 f"Frame {k} differs from the first in {flagged:.1%} of its patches by more than noise, focus, dose and "
-                f"shift explain; mean excess {reading.mean_score:.3g} {unit}."
+                f"shift explain; score {reading.mean_score:.3g} {unit}, the mean over all patches."
             )
         else:
             yield (
@@ -82,3 +94,12 @@ def _caveats(valid: list[tuple[int, DamageReading]]) -> Iterator[str]:
     worst = max(reading.residual_px for _, reading in valid)
     if worst > POOR_PX:
         yield f"Registration may be off by {worst:.2f} px (standard deviation), rows included; the null allows for it."
+
+
+def _lower_bound(valid: list[tuple[int, DamageReading]]) -> Iterator[str]:
+    """What no score can show, unless it was said already."""
+    if not any(float(r.flagged[r.valid].mean()) > EVERYWHERE for _, r in valid):
+        yield (
+            "Damage that all patches share looks like focus and dose and is taken out: where the whole frame is "
+            "damaged alike, the score is a lower bound."
+        )

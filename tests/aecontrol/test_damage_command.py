@@ -105,6 +105,18 @@ def test_bad_series_are_refused_with_value_limit_and_mend(damage, tmp_path):
         assert not out
 
 
+def test_what_no_pixel_size_or_no_patch_leaves_open_is_refused(damage, tmp_path):
+    np.save(tmp_path / "plain.npy", series())
+    code, _, err = damage("plain.npy", "--limit-nm", "1")
+    assert code == 2
+    assert "--limit-nm 1 is in nm" in err
+    assert "--pixel-size-nm" in err
+    np.save(tmp_path / "colour.npy", np.zeros((64, 64, 3)))
+    code, _, err = damage("colour.npy")
+    assert code == 2
+    assert "64 frames of 64 x 3 px; a patch is 20 x 20 px; images in colour are not read" in err
+
+
 def test_frames_without_overlap_are_told_apart_from_undamaged_ones(damage, tmp_path, monkeypatch):
     monkeypatch.setattr("aecontrol.damage_series.OTHERS", ())
     first = series(60)[0]
