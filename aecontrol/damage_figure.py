@@ -23,6 +23,7 @@ SHOWN = 6
 WHOLE_PX = 512
 PANEL_IN = 3.0
 ACCENT, INK, LAW = "#0072B2", "#22303C", "#E69F00"
+FLAGGED = "#00E5FF"  # no colour of the maps
 
 
 def draw_maps(judged: Judged, frames: Floats) -> bytes:
@@ -101,9 +102,9 @@ def _outline(ax: Axes, flagged: NDArray[np.bool_], side: float) -> None:
     """The border around flagged patches."""
     padded = np.pad(flagged, 1)
     for row, col in zip(*np.nonzero(padded[1:, :] != padded[:-1, :]), strict=True):
-        ax.plot([(col - 1) * side, col * side], [row * side] * 2, color="white", linewidth=0.8)
+        ax.plot([(col - 1) * side, col * side], [row * side] * 2, color=FLAGGED, linewidth=1.2)
     for row, col in zip(*np.nonzero(padded[:, 1:] != padded[:, :-1]), strict=True):
-        ax.plot([col * side] * 2, [(row - 1) * side, row * side], color="white", linewidth=0.8)
+        ax.plot([col * side] * 2, [(row - 1) * side, row * side], color=FLAGGED, linewidth=1.2)
 
 
 def _curve(judged: Judged) -> Figure:
@@ -130,6 +131,8 @@ def _curve(judged: Judged) -> Figure:
             va="bottom",
             fontsize=7,
         )
+    if not known:
+        ax.xaxis.get_major_locator().set_params(integer=True)
     ax.axhline(0.0, color=INK, linewidth=0.6)
     ax.set(
         xlabel="fluence between the middles of the two frames (e/Å²)" if known else "frames after the first",
@@ -156,11 +159,11 @@ def _law(ax: Axes, judged: Judged, end: float) -> None:
 
 def _unit(judged: Judged) -> str:
     metric = judged.readings[0].metric if judged.readings else ""
-    return "damaged fraction (learned)" if metric == "learned" else f"{metric}, excess over the null"
+    return "damaged fraction as estimated (learned)" if metric == "learned" else f"{metric}, excess over the null"
 
 
 def _dose(judged: Judged, k: int) -> str:
-    return f"{judged.fluence[k]:.3g} e/Å²"
+    return f"{judged.fluence[k]:.0f} e/Å² at its middle"
 
 
 def _wrapped(text: str) -> str:

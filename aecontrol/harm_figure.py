@@ -55,7 +55,7 @@ def _draw_response(ax: Axes, record: Record, harm: Harm) -> None:
     ax.axhline(0.0, color=MUTED, lw=0.8)
     ax.set(xlabel="fluence, e/Å²", ylabel="damage shown by the metric", title="response to the beam", xlim=(0.0, reach))
     if points or response.method != "prior":
-        ax.legend(loc="upper left")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)  # hides no point
 
 
 def _draw_map(ax: Axes, record: Record, harm: Harm) -> None:
@@ -86,7 +86,7 @@ def _draw_map(ax: Axes, record: Record, harm: Harm) -> None:
     if harm.plan.references:
         ax.legend(loc="lower right")
     if ax.figure is not None:
-        ax.figure.colorbar(shown, ax=ax, shrink=0.85)
+        ax.figure.colorbar(shown, ax=ax, shrink=0.85, label="forecast; 1: all of it")
     scale_bar(ax)
 
 
