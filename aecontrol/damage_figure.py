@@ -132,7 +132,7 @@ def _curve(judged: Judged) -> Figure:
             fontsize=7,
         )
     if not known:
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     ax.axhline(0.0, color=INK, linewidth=0.6)
     ax.set(
         xlabel="fluence between the middles of the two frames (e/Å²)" if known else "frames after the first",

@@ -29,7 +29,7 @@ from aecontrol.events import (
     Voided,
 )
 from aecontrol.exposure import KeyRecord, Outcome, settle
-from aecontrol.harm import Harm
+from aecontrol.harm import MOST_SACRIFICED, Harm, sacrificed_share
 from aecontrol.state import (
     MAX_REFUSALS,
     ScanRecord,
@@ -43,6 +43,7 @@ from aecontrol.state import (
 from aecontrol.types import (
     DamagePlan,
     Scan,
+    ScanRegion,
     Stop,
 )
 
@@ -58,13 +59,15 @@ def apply(state: State, event: SessionEvent) -> State:
     """The state after one more event. Raises AecontrolError when the event cannot follow."""
     match event:
         case InstrumentReady():
+            candidates = candidate_grid(state.plan.scan, event.capabilities.field_nm, state.plan.margin_nm)
             return replace(
                 state,
                 phase=state.rest,
                 capabilities=event.capabilities,
                 perceiver=event.perceiver,
                 metric=event.metric,
-                candidates=candidate_grid(state.plan.scan, event.capabilities.field_nm, state.plan.margin_nm),
+                candidates=candidates,
+                closed=_sacrificed(state.plan.damage, candidates),
                 tiles=TileMap.of(replace(state, capabilities=event.capabilities).bounded),
                 harm=Harm.of(state.plan, event.capabilities),
                 areas=(AreaCharge(),) * len(state.plan.areas),
@@ -105,6 +108,13 @@ def apply(state: State, event: SessionEvent) -> State:
         case Stopped():
             return replace(state, phase="stopped", stopped=event)
     raise AecontrolError(f"event {event.kind} cannot follow in phase {state.phase}")
+
+
+def _sacrificed(plan: DamagePlan | None, candidates: tuple[ScanRegion, ...]) -> frozenset[int]:
+    """Candidates that are not offered because they lie in sacrificed places."""
+    if plan is None:
+        return frozenset()
+    return frozenset(k for k, one in enumerate(candidates) if sacrificed_share(plan, one) > MOST_SACRIFICED)
 
 
 def fold(events: list[SessionEvent]) -> State:

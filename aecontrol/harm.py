@@ -22,6 +22,8 @@ from aecontrol.exposure import KeyRecord
 from aecontrol.response import Evidence, Floats, Response, prior
 from aecontrol.types import AreaPlan, Capabilities, Charge, DamagePlan, Plan, ReferencePlan, ScanRegion
 
+MOST_SACRIFICED = 0.25
+"""Windows of which more lies in sacrificed places are not offered."""
 MODEL_ERROR = 0.15
 """Relative standard deviation of a forecast beyond what the fit knows: no law and no metric is exact (a choice)."""
 Keys = Mapping[str, KeyRecord]
@@ -231,6 +233,18 @@ def reference_frame(plan: DamagePlan, reference: ReferencePlan) -> ScanRegion:
     return ScanRegion(
         center_nm=reference.center_nm, fov_nm=plan.fov_nm, shape=plan.shape, dwell_time_s=plan.dwell_time_s
     )
+
+
+def sacrificed_share(plan: DamagePlan, window: ScanRegion) -> float:
+    """The part of a window of the grid (which is never turned) that lies in sacrificed places: what is found there is
+    the beam's own making."""
+    low, high = (np.array(window.center_nm) + sign * np.array(window.fov_nm) / 2 for sign in (-1, 1))
+    shared = 0.0
+    for reference in plan.references:
+        half = np.array(plan.fov_nm) / 2
+        sides = np.minimum(high, reference.center_nm + half) - np.maximum(low, reference.center_nm - half)
+        shared += float(np.prod(np.maximum(sides, 0.0)))
+    return shared / window.area_nm2
 
 
 def same_place(a: ScanRegion, b: ScanRegion) -> bool:

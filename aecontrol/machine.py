@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+import numpy as np
+
 from aecontrol.areas import AreaCharge, charge_within, over_areas, same_names
 from aecontrol.commands import (
     Command,
@@ -131,7 +133,8 @@ def preflight(plan: Plan, capabilities: Capabilities) -> None:
 def _check_one(state: State, name: str, region: ScanRegion) -> None:
     """Raise BadInput when ``region`` cannot be exposed in this state."""
     if reason := refusal(state, region, bound_of(state, region), state.plan.decision_seconds):
-        raise BadInput(f"the {name} cannot be taken: {reason}", f"change the {name}'s table or raise the budget")
+        mend = "keep it away from the area, or give the area more" if " the area " in reason else "or raise the budget"
+        raise BadInput(f"the {name} cannot be taken: {reason}", f"change the {name}'s table: {mend}")
 
 
 def _first_allowed(state: State, grid: Sequence[ScanRegion]) -> ScanRegion:
@@ -145,6 +148,14 @@ def _check_damage(plan: Plan, state: State) -> None:
     assert state.capabilities is not None
     if names := ", ".join(same_names(plan.areas)):
         raise BadInput(f"more than one area is called {names}", "give every area a name of its own")
+    field = state.capabilities.field_nm
+    for area in plan.areas:
+        away = np.abs(np.array(area.center_nm) - np.array(field) / 2)
+        if (away >= (np.array(area.fov_nm) + np.array(field)) / 2).any():
+            raise BadInput(
+                f"the area {area.name!r} at {area.center_nm} nm lies outside the field of {field} nm",
+                "move its center_nm into the field; nothing would be protected",
+            )
     if plan.damage is None:
         if plan.budget.damage is not None or any(area.damage is not None for area in plan.areas):
             raise BadInput("a budget of damage is given, but damage is not measured", "add the table [damage]")
@@ -338,11 +349,14 @@ def _is_reference(state: State, region: ScanRegion) -> bool:
     return any(same_place(region, reference_frame(state.plan.damage, place)) for place in state.plan.damage.references)
 
 
-def _look_at(state: State, place: ReferencePlan) -> FollowPlan:
-    """One more frame of a sacrificed place."""
+def _look_at(state: State, place: ReferencePlan) -> FollowPlan | Finish:
+    """One more frame of a sacrificed place; or the end, where the budget does not bear it any more."""
     assert state.plan.damage is not None
     why = f"frame {frames_of(state, place) + 1} of the reference for {place.phase!r}: what the beam does to it"
     region = reference_frame(state.plan.damage, place)
+    now = _now(state, region)
+    if reason := refusal(state, now, bound_of(state, now), state.plan.decision_seconds):
+        return Finish(Stopped(cause="budget", reason=f"the beam's damage cannot be measured any more: {reason}"))
     scan = Scan(regions=(region,), role="reference", explanation=Explanation(policy="damage", why=why))
     return FollowPlan(-(state.asides + 1), scan)
 

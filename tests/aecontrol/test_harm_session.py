@@ -19,9 +19,9 @@ TAME = Reckless(3, recklessness=0.0)
 BUDGET = Budget(electrons=10**8)
 DAMAGE = DamagePlan(
     metric="learned",
-    references=(ReferencePlan(center_nm=(1.6, 1.6)),),
-    fov_nm=(3.0, 3.0),
-    shape=(120, 120),
+    references=(ReferencePlan(center_nm=(1.05, 1.05)),),
+    fov_nm=(2.0, 2.0),
+    shape=(80, 80),
     dwell_time_s=1.4e-6,
     exposures=3,
     every=2,
@@ -69,7 +69,7 @@ def test_references_come_first_then_again_and_the_law_is_learned(tmp_path):
     assert order[4:7] == [1, 2, -4]  # and one more after every two sub-scans
     assert len(state.harm.usable) >= 3
     assert state.harm.response.method != "prior"
-    assert np.std(np.log(state.harm.response.critical_fluence_e_per_A2[0])) < 1.0  # 2 before
+    assert 0 not in [scan.candidate for scan in state.scans]  # what lies in a sacrificed place is not offered
     assert 0.0 < state.charged.damage < 6.0
     assert state.stopped.cause == "rule"
 
