@@ -24,8 +24,9 @@ GAIN_SD = 0.6
 """Of the learned metric, as ``tests/benchmarks/damage_gain.py`` finds it on lattices that training never saw."""
 METRIC_SD = 0.05
 """Of the learned metric: how far a frame's mean score lies off its gain's line, from the same script."""
-LEAST_COUNTS = 3.0
-"""Of the learned metric: the darkest frames of its training. On darker ones it sees nothing, whatever there is."""
+LEAST_COUNTS = 1.7
+"""Of the learned metric, smoothed: the darkest frames of its training, 3 counts at their peaks, show so many. On darker
+frames it sees nothing, whatever there is."""
 BRIGHT = 0.98
 """Quantile of the smoothed frame that counts as its brightest pixels."""
 METRICS: dict[str, Metric] = {
