@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from aecontrol.types import PositiveInt
 
 from . import sampling
 from .finder import HEAT_SIGMA_NM, AtomFinder
-from .train import Batch, Progress, Training, fit, forget_checkpoints
+from .train import Batch, Progress, Training, fit, forget_checkpoints, tables_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -137,12 +136,7 @@ def train_from_toml(
 ) -> dict[str, Any]:
     """Train as the TOML file ``config`` says ([train] and one or more [[scenes]] with their share of the patches);
     see :func:`train_atoms`. Raises BadInput."""
-    try:
-        table = tomllib.loads(config.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadInput(f"{config}: {error}", "give a TOML file with [train] and [[scenes]]") from error
-    if unknown := set(table) - {"train", "scenes"}:
-        raise BadInput(f"{config}: unknown table {sorted(unknown)}", "only [train] and [[scenes]] are read")
+    table = tables_of(config)
     settings = validate(AtomTraining, table.get("train", {}), "train")
     tables = table.get("scenes")
     if not isinstance(tables, list) or not tables:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from aecontrol.durable import write_durable
-from aecontrol.errors import BadInput
 from aecontrol.registry import build_part, validate
 from aecontrol.types import PositiveInt
 
 from .learn_atoms import HELD_OUT
 from .regions import RegionFinder
-from .train import Batch, Progress, Training, fit, forget_checkpoints
+from .train import Batch, Progress, Training, fit, forget_checkpoints, tables_of
 from .views import CLASSES, PIXEL_NM, View, grid, of_columns, view
 
 if TYPE_CHECKING:
@@ -169,12 +167,7 @@ def train_from_toml(
     config: Path, out_dir: Path, device: str = "cpu", progress: Progress | None = None
 ) -> dict[str, Any]:
     """Train as the TOML file ``config`` says ([train] and [scenes]); see :func:`train_regions`. Raises BadInput."""
-    try:
-        table = tomllib.loads(config.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadInput(f"{config}: {error}", "give a TOML file with [train] and [scenes]") from error
-    if unknown := set(table) - {"train", "scenes"}:
-        raise BadInput(f"{config}: unknown table {sorted(unknown)}", "only [train] and [scenes] are read")
+    table = tables_of(config)
     settings = validate(RegionTraining, table.get("train", {}), "train")
     scenes = cast(Scenes, build_part("scenes", table.get("scenes"), "scenes"))
     return train_regions(

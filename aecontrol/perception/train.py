@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,3 +194,14 @@ def _digest(net: nn.Module) -> str:
     for tensor in net.state_dict().values():
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def tables_of(config: Path) -> dict[str, Any]:
+    """The tables [train] and [scenes] of a training's TOML file. Raises BadInput."""
+    try:
+        table = tomllib.loads(config.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"{config}: {error}", "give a TOML file with [train] and [scenes]") from error
+    if unknown := set(table) - {"train", "scenes"}:
+        raise BadInput(f"{config}: unknown table {sorted(unknown)}", "only [train] and [scenes] are read")
+    return table

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from aecontrol.durable import write_durable
-from aecontrol.errors import BadInput
-from aecontrol.perception.train import Batch, Progress, Schedule, fit, forget_checkpoints
+from aecontrol.perception.train import Batch, Progress, Schedule, fit, forget_checkpoints, tables_of
 from aecontrol.registry import build_part, validate
 from aecontrol.types import PositiveInt
 
@@ -126,12 +124,7 @@ def train_from_toml(
     config: Path, out_dir: Path, device: str = "cpu", progress: Progress | None = None
 ) -> dict[str, Any]:
     """Train as the TOML file ``config`` says ([train] and [scenes]); see :func:`train_damage`. Raises BadInput."""
-    try:
-        table = tomllib.loads(config.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadInput(f"{config}: {error}", "give a TOML file with [train] and [scenes]") from error
-    if unknown := set(table) - {"train", "scenes"}:
-        raise BadInput(f"{config}: unknown table {sorted(unknown)}", "only [train] and [scenes] are read")
+    table = tables_of(config)
     settings = validate(DamageTraining, table.get("train", {}), "train")
     scenes = cast(Scenes, build_part("scenes", table.get("scenes"), "scenes"))
     command = f"aecontrol train damage {config} --out {out_dir}"
