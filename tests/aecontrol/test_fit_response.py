@@ -118,6 +118,16 @@ def test_phases_are_told_apart_and_one_unseen_leans_on_the_others() -> None:
     assert response.tested_e_per_A2 == (4000.0, 4000.0, 0.0)
 
 
+def test_a_first_frame_shows_a_specimen_more_whole_than_not() -> None:
+    """A flat score could be that of a phase which the first frame has already destroyed."""
+    evidence = [
+        Evidence(0, np.full(16, 1e4), np.full(16, 1e4 * k), np.full(16, 0.1), np.full(16, 0.01), "first")
+        for k in (2, 3, 4, 5)
+    ]
+    response = fit_response(evidence, ["a"], 1e5, gain_sd=0.6, metric_sd=0.05)
+    assert np.quantile(response.critical_fluence_e_per_A2[0], 0.05) > 5e3
+
+
 def test_the_same_evidence_gives_the_same_draws_and_leaves_torch_alone() -> None:
     import torch
 

@@ -68,6 +68,7 @@ def test_references_come_first_then_again_and_the_law_is_learned(tmp_path):
     assert order[:4] == [-1, -2, -3, 0]  # all frames of the reference before the overview
     assert order[4:7] == [1, 2, -4]  # and one more after every two sub-scans
     assert len(state.harm.usable) >= 3
+    assert {event.scores.shape[0] for event in state.harm.usable} == {4}  # of 4 x 4 patches those inside the rim
     assert state.harm.response.method != "prior"
     assert 0 not in [scan.candidate for scan in state.scans]  # what lies in a sacrificed place is not offered
     assert 0.0 < state.charged.damage < 6.0

@@ -12,11 +12,11 @@ from scipy.stats import false_discovery_control
 
 from aecontrol.errors import BadInput
 from aecontrol.perception.damage import classical
-from aecontrol.perception.damage.meter import METRICS, build_meter
+from aecontrol.perception.damage.meter import METRICS, Comparison, build_meter
 from aecontrol.perception.damage.null import denoised
 from aecontrol.perception.damage.pair import Pair, in_counts
 from aecontrol.perception.damage.reading import benjamini_hochberg
-from aecontrol.perception.damage.register import register
+from aecontrol.perception.damage.register import Registration, register
 from tests.perception.damage_frames import Crystal, counts
 
 CRYSTAL = Crystal.square()
@@ -165,3 +165,13 @@ def test_a_metric_that_does_not_exist_and_weights_without_a_use_are_refused(tmp_
         build_meter("none", "cpu")
     with pytest.raises(BadInput, match="has no weights"):
         build_meter("glr", "cpu", tmp_path / "w")
+
+
+def test_the_learned_metric_says_nothing_of_frames_darker_than_those_it_learned_from():
+    random = np.random.default_rng(0)
+    meter = build_meter("learned", "cpu")
+    for counts, dark in ((0.5, True), (20.0, False)):
+        first, later = random.poisson(counts, (2, 100, 100)).astype(float)
+        pair = Pair.of(first, later, np.ones(first.shape, dtype=bool))
+        reading = meter.judge(Comparison(first.shape, Registration.none(""), pair), [pair])
+        assert ("counts in the brightest pixels" in reading.reason) == dark
