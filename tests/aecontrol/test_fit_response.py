@@ -125,7 +125,7 @@ def test_a_first_frame_shows_a_specimen_more_whole_than_not() -> None:
         for k in (2, 3, 4, 5)
     ]
     response = fit_response(evidence, ["a"], 1e5, gain_sd=0.6, metric_sd=0.05)
-    assert np.quantile(response.critical_fluence_e_per_A2[0], 0.05) > 5e3
+    assert np.median(response.critical_fluence_e_per_A2[0]) > 1e4
 
 
 def test_the_same_evidence_gives_the_same_draws_and_leaves_torch_alone() -> None:

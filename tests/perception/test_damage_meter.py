@@ -168,10 +168,11 @@ def test_a_metric_that_does_not_exist_and_weights_without_a_use_are_refused(tmp_
 
 
 def test_the_learned_metric_says_nothing_of_frames_darker_than_those_it_learned_from():
-    random = np.random.default_rng(0)
-    meter = build_meter("learned", "cpu")
-    for counts, dark in ((0.5, True), (20.0, False)):
-        first, later = random.poisson(counts, (2, 100, 100)).astype(float)
+    random, meter = np.random.default_rng(0), build_meter("learned", "cpu")
+    for level, dark in ((0.5, True), (20.0, False)):
+        first, later = random.poisson(level, (2, 100, 100)).astype(float)
         pair = Pair.of(first, later, np.ones(first.shape, dtype=bool))
-        reading = meter.judge(Comparison(first.shape, Registration.none(""), pair), [pair])
-        assert ("counts in the brightest pixels" in reading.reason) == dark
+        assert ("counts in the brightest pixels" in meter._too_dark(pair)) == dark
+    comparison = Comparison((100, 100), Registration.none(""), pair)
+    sober = replace(meter, least_counts=1e6)
+    assert "counts in the brightest pixels" in sober.judge(comparison, [pair]).reason
