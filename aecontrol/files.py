@@ -272,7 +272,7 @@ def _load_signals(api: str, path: Path) -> list[dict[str, Any]]:
     reader = import_module(api).file_reader
     try:
         signals: list[dict[str, Any]] = reader(os.fspath(path), lazy=True)
-    except NotImplementedError:  # every reader has the option, some cannot keep it
+    except (NotImplementedError, TypeError):  # pictures with an opacity cannot be read lazily, and fail with TypeError
         signals = reader(os.fspath(path))
     return signals
 
