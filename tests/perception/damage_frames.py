@@ -34,10 +34,17 @@ class Crystal:
         inside = np.hypot(self.at[:, 0] - x, self.at[:, 1] - y) < radius
         return replace(self, weight=np.where(inside, 0.5 * self.weight, self.weight))
 
-    def shows(self, shift: tuple[float, float] = (0.0, 0.0), blur: float = 2.0, rows: Floats | None = None) -> Floats:
-        """Brightness, 1 at the brightest column, with the content moved by ``shift`` and each row by ``rows``."""
+    def shows(
+        self,
+        shift: tuple[float, float] = (0.0, 0.0),
+        blur: float = 2.0,
+        rows: Floats | None = None,
+        across: Floats | float = 0.0,
+    ) -> Floats:
+        """Brightness, 1 at the brightest column, with the content moved by ``shift`` and that of each row by ``rows``
+        along it and ``across`` it."""
         pixel = np.arange(self.side) + 0.5
-        down = np.exp(-0.5 * ((pixel[:, None] - self.at[:, 1] - shift[1]) / blur) ** 2) * (2.0 / blur) ** 2
+        down = np.exp(-0.5 * (((pixel - across)[:, None] - self.at[:, 1] - shift[1]) / blur) ** 2) * (2.0 / blur) ** 2
         x = self.at[:, 0] + shift[0]
         if rows is None:
             return (down * self.weight) @ np.exp(-0.5 * ((pixel[:, None] - x) / blur) ** 2).T

@@ -48,6 +48,23 @@ def test_rows_are_moved_only_where_they_jitter():
     assert still.residual_px < 0.1
 
 
+def test_rows_that_jitter_across_are_part_of_the_null():
+    z, p = [], []
+    for seed in range(4):
+        first, later = (
+            counts(CRYSTAL.shows(across=np.random.default_rng([seed, k]).normal(0.0, 0.1, 200)), 100, 2 * seed + k)
+            for k in (0, 1)
+        )
+        assert register(first, later, PX, LIMIT_NM).across_px == pytest.approx(np.sqrt(0.02), abs=0.04)
+        reading = build_meter("glr", "cpu").read(first, later, PX, LIMIT_NM)
+        z.append((reading.score / reading.sd)[reading.valid])
+        p.append(reading.p[reading.valid])
+    assert abs(np.concatenate(z).mean()) < 0.2
+    assert (np.concatenate(p) < 0.01).mean() <= 0.025
+    still = register(counts(CRYSTAL.still, 100, 1), counts(CRYSTAL.still, 100, 2), PX, LIMIT_NM)
+    assert still.across_px < 0.06
+
+
 def test_the_kernel_takes_up_dose_and_focus():
     first, later = counts(CRYSTAL.still, 50, 1), counts(CRYSTAL.shows(blur=2.3), 60, 2)
     pair = Pair.of(first, later, np.ones(first.shape, dtype=bool))

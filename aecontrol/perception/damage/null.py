@@ -90,7 +90,7 @@ def denoised(frame: Floats) -> Floats:
 def _repeat(pair: Pair, registration: Registration, truth: Floats, random: np.random.Generator) -> Pair:
     """A pair as ``pair`` would be had nothing been damaged. Rows that jitter are found anew: what is found of them
     follows the noise, and brings frames nearer to each other than they are."""
-    expected = registration.redrawn(random).undo(pair.kernel.apply(truth))
+    expected = registration.redrawn(random).undo(registration.shaken(pair.kernel.apply(truth), random))
     later = random.poisson(np.maximum(expected, 0.0)).astype(np.float64)
     first = random.poisson(truth).astype(np.float64)
     found = registration.with_rows(first, later) if registration.jitters_px > 0.0 else registration

@@ -32,6 +32,8 @@ LEAST_GAIN = 4.0
 """Twice the logarithm of the likelihood ratio from which rows are said to jitter at all."""
 ROWS_ALIKE = 3.0
 """Jitter changes from row to row; atoms reach over about this many."""
+ROWS_LEFT = 0.91
+"""Standard deviation of independent shifts that is left when what neighbours share is taken away."""
 ROW_SMOOTHING_PX = 1.5
 """Smoothing of the slope that tells a row's shift."""
 
@@ -40,14 +42,16 @@ ROW_SMOOTHING_PX = 1.5
 class Registration:
     """How the later frame lies. ``shift_px`` (dx, dy): its content has moved by so much; ``sigma_px``: standard
     deviation of that per axis; ``rows_px`` [rows]: what was found of each row beyond it; ``jitter_px`` [rows]: standard
-    deviation of what each may still be shifted by; ``jitters_px``: standard deviation of how they were; ``reason``: why
-    the frames cannot be laid over each other, or ''."""
+    deviation of what each may still be shifted by; ``jitters_px``: standard deviation of how they were; ``across_px``:
+    that of how rows are shifted towards their neighbours, which is left as it is; ``reason``: why the frames cannot be
+    laid over each other, or ''."""
 
     shift_px: tuple[float, float]
     sigma_px: float
     rows_px: Floats
     jitter_px: Floats
     jitters_px: float = 0.0
+    across_px: float = 0.0
     reason: str = ""
 
     @classmethod
@@ -75,11 +79,21 @@ class Registration:
         still = _along_rows(frame.T, np.full(frame.shape[1], whole[1] - dy)).T
         return np.roll(_along_rows(still, whole[0] - dx - self.rows_px), (whole[1], whole[0]), axis=(0, 1))
 
+    def shaken(self, frame: Floats, random: np.random.Generator) -> Floats:
+        """A frame whose rows see what lies towards their neighbours, each by a shift of its own, drawn."""
+        if self.across_px == 0.0:
+            return frame
+        away = random.normal(0.0, self.across_px, len(frame))[:, None]
+        slope = np.gradient(frame, axis=0)
+        return np.asarray(frame + away * slope + 0.5 * away**2 * np.gradient(slope, axis=0))
+
     def with_rows(self, first: Floats, later: Floats) -> Registration:
         """The same whole shift, with what the rows of these two frames say."""
         still = replace(self, rows_px=np.zeros(len(first)))
-        rows, left, spread = _jitter(first, still.apply(later), self.valid(first.shape))
-        return replace(self, rows_px=rows, jitter_px=left, jitters_px=spread)
+        seen = self.valid(first.shape)
+        rows, left, spread = _jitter(first, still.apply(later), seen)
+        found = replace(self, rows_px=rows, jitter_px=left, jitters_px=spread)
+        return replace(found, across_px=_across(first, found.apply(later), seen))
 
     def redrawn(self, random: np.random.Generator) -> Registration:
         """A registration like this one with all errors and jitter that it may have, drawn."""
@@ -132,7 +146,7 @@ def _jitter(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Floats,
         step, sigma = _row_shifts(first, _along_rows(later, at), valid)
         found = at + step
         found -= gaussian_filter1d(found, ROWS_ALIKE)
-        spread = _spread(found, sigma)
+        spread = _spread(found, sigma) / ROWS_LEFT
         if spread <= JITTER_PX:
             return np.zeros(len(first)), np.full(len(first), spread), spread
         known = spread**2 / (spread**2 + sigma**2)  # of a normal prior and a normal error
@@ -140,8 +154,17 @@ def _jitter(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Floats,
     return at, left, spread
 
 
-def _row_shifts(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Floats]:
-    """Shift [rows] of each row of ``later``, taken as small, by least squares on the slope, and its standard error.
+def _across(first: Floats, later: Floats, valid: Bools) -> float:
+    """Standard deviation of the shifts of rows towards their neighbours."""
+    from scipy.ndimage import gaussian_filter1d
+
+    step, sigma = _row_shifts(first, later, valid, axis=0)
+    return _spread(step - gaussian_filter1d(step, ROWS_ALIKE), sigma) / ROWS_LEFT
+
+
+def _row_shifts(first: Floats, later: Floats, valid: Bools, axis: int = 1) -> tuple[Floats, Floats]:
+    """Shift [rows] of each row of ``later`` along ``axis``, taken as small, by least squares on the slope, and its
+    standard error.
 
     The slope is that of both frames together, whose noise does not correlate with that of their difference; its
     square is taken as the product of either frame's slope, whose noises do not correlate with each other.
@@ -150,8 +173,9 @@ def _row_shifts(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Flo
 
     ratio = float(later[valid].sum()) / max(float(first[valid].sum()), 1e-300)
     a, b = ratio * first, np.where(valid, later, ratio * first)
-    slope_a, slope_b = (np.where(valid, gaussian_filter(f, ROW_SMOOTHING_PX, order=(0, 1)), 0.0) for f in (a, b))
-    raw_a, raw_b = (np.gradient(f, axis=1) for f in (a, b))
+    order = (0, 1) if axis == 1 else (1, 0)
+    slope_a, slope_b = (np.where(valid, gaussian_filter(f, ROW_SMOOTHING_PX, order=order), 0.0) for f in (a, b))
+    raw_a, raw_b = (np.gradient(f, axis=axis) for f in (a, b))
     slope = 0.5 * (slope_a + slope_b)
     square = 0.5 * (slope_a * raw_b + slope_b * raw_a).sum(axis=1)
     square = np.maximum(gaussian_filter1d(square, 2.0), 0.05 * max(float(square.mean()), 1e-300))
