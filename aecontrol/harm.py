@@ -24,6 +24,8 @@ from aecontrol.types import AreaPlan, Capabilities, Charge, DamagePlan, Plan, Re
 
 MOST_SACRIFICED = 0.25
 """Windows of which more lies in sacrificed places are not offered."""
+MOST_COMPARABLE = 0.4
+"""Where more than this share is foretold to be damaged, it is no wonder that frames cannot be compared (a choice)."""
 MODEL_ERROR = 0.15
 """Relative standard deviation of a forecast beyond what the fit knows: no law and no metric is exact (a choice)."""
 Keys = Mapping[str, KeyRecord]
@@ -119,7 +121,7 @@ class Harm:
         """After a frame was compared with the first one of its place."""
         after = replace(self, measurements=(*self.measurements, event))
         if event.mean is None or event.sd is None or event.first is None:
-            return after
+            return replace(after, alarm=self.alarm or self._unreadable(event, keys))
         if self.response.method != "prior":
             after = replace(after, alarm=self._contradiction(event, keys))
         return after._with_surplus(event, keys)
@@ -208,6 +210,22 @@ class Harm:
         return (
             f"a comparison shows damage of {event.mean:.3g}, foretold was {mean:.3g} (off by {off:.1f} standard "
             "deviations): is it the material, temperature and current that the references had?"
+        )
+
+    def _unreadable(self, event: DamageMeasured, keys: Keys) -> str:
+        """Why it matters that a frame could not be compared with the first one of its place: the one before could not
+        either, and nobody has foretold that so much would be gone. Empty when it does not matter."""
+        earlier = [other for other in self.measurements if other.first == event.first]
+        if event.first is None or not earlier or earlier[-1].mean is not None:
+            return ""
+        phase, _, later = self.middle(event, keys)
+        gone = self.response.damaged(np.array([phase]), np.array([later])).mean()
+        if self.response.method != "prior" and gone >= MOST_COMPARABLE:
+            return ""
+        x, y = keys[event.key].region.center_nm
+        return (
+            f"two frames in a row of the place at ({x:g}, {y:g}) nm cannot be compared with its first one "
+            f"({event.reason}): what the beam does there is not known, and the place may be gone already; look at them"
         )
 
     def _with_surplus(self, event: DamageMeasured, keys: Keys) -> Harm:

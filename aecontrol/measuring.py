@@ -123,8 +123,8 @@ def measure_damage(folder: Path, command: MeasureDamage, state: State, meter: Me
     assert state.plan.damage is not None
     key, frame, first = command.record.key, command.frame, command.first
     nothing = DamageMeasured(key=key, first=first and first.key, metric=meter.version)
-    if not frame.usable:
-        return nothing.model_copy(update={"reason": f"unusable frame ({', '.join(frame.flags)})"})
+    if not frame.usable:  # the detector's fault, not the beam's
+        return nothing.model_copy(update={"first": None, "reason": f"unusable frame ({', '.join(frame.flags)})"})
     if first is None or command.first_frame is None:
         return nothing.model_copy(update={"reason": "the first frame of its place"})
     before, after = _image(folder, command.first_frame), _image(folder, frame)

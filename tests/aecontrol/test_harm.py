@@ -166,6 +166,23 @@ def test_a_measurement_that_contradicts_the_forecast_raises_the_alarm():
     assert harm.total.damage < 1.5  # of 16: a sacrificed place, only tails count
 
 
+def test_a_place_that_cannot_be_compared_twice_in_a_row_raises_the_alarm_unless_it_was_foretold_gone():
+    frame = reference_frame(DAMAGE, PLACE)
+    records = [key(n, frame) for n in (1, 2, 3, 4)]
+    harm, keys = settled(*records, believed=response(hard=1e6))
+    lost = [DamageMeasured(key=r.key, first=records[0].key, metric="m", reason="too different") for r in records[1:]]
+    once = harm.measured(lost[0], keys)
+    assert not once.alarm
+    assert "too different" in once.measured(lost[1], keys).alarm
+    assert not once.measured(seen(records[2], records[0], 0.02), keys).measured(lost[2], keys).alarm
+    doomed = settled(*records, believed=response(hard=20.0, soft=20.0))[0]
+    assert not doomed.measured(lost[0], keys).measured(lost[1], keys).alarm
+    untaught = replace(doomed, response=doomed.response.model_copy(update={"method": "prior"}))
+    assert untaught.measured(lost[0], keys).measured(lost[1], keys).alarm
+    first = DamageMeasured(key=records[1].key, metric="m", reason="the first frame of its place")
+    assert not harm.measured(first, keys).measured(first, keys).alarm
+
+
 def test_an_alarm_as_unlikely_as_can_be_wished_can_be_asked_for():
     frame = reference_frame(DAMAGE, PLACE)
     records = [key(1, frame), key(2, frame)]

@@ -110,7 +110,7 @@ def test_a_crash_changes_neither_the_response_nor_the_charges(tmp_path, monkeypa
 
 def test_a_budget_of_damage_ends_the_session_and_is_kept(tmp_path):
     whole = run(tmp_path / "whole", damage=DAMAGE, overview=False)
-    limit = 0.6 * whole.charged.damage
+    limit = 0.8 * whole.charged.damage
     state = run(tmp_path / "part", damage=DAMAGE, overview=False, budget=Budget(electrons=10**8, damage=limit))
     assert state.stopped.cause == "budget"
     assert 0 < len(state.scans) < len(whole.scans)

@@ -6,9 +6,10 @@ One place is scanned five times (0.3 of the first guess of the critical fluence 
 windows of 2 to 4 nm at 0.03 to 1 of that guess each, where they fall, overlapping; after five of them the place is
 scanned once more and the response fitted anew. For every window: what is reserved, against what the simulator then
 broke, tile by tile and weighed by scattering power. The true critical fluence lies within a factor 5 of the guess.
+Where a session would raise its alarm and wait for a person, it ends.
 
-``learned``: frames of seven specimens in the simulated column, read by the shipped metric, with the gain and errors that
-it tells of itself. ``simulated``: no images, a metric whose gain is known to 10 %. See ``charge_worlds.py``.
+``learned``: frames of seven specimens in the simulated column, read by the shipped metric, with the gain and errors
+that it tells of itself. ``simulated``: no images, a metric whose gain is known to 10 %. See ``charge_worlds.py``.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Step:
     saturates: bool
 
 
-def session(world: World, random: np.random.Generator, seed: int) -> list[Step]:
-    """The windows of one session."""
+def session(world: World, random: np.random.Generator, seed: int) -> tuple[list[Step], str]:
+    """The windows of one session, and why it paused before it had taken all; empty when it took them."""
     guess = world.plan.critical_fluence_e_per_A2
     on = forecast.ground(world.plan, (), FIELD_NM)
     harm = Harm(world.plan, (), world.column, prior(("specimen",), guess, 1.0), on.fresh)
@@ -61,11 +62,19 @@ def session(world: World, random: np.random.Generator, seed: int) -> list[Step]:
         )
         return keys[key]
 
-    def look() -> None:
-        electrons, table = world.look()
-        looks.append(posted(world.place, electrons).key)
-        if table is not None:
-            tables.append((DamageMeasured(key=looks[-1], first=looks[0], metric=world.name), table))
+    def look() -> Harm:
+        """The session's knowledge after one more frame of the place; an alarm as it would raise it."""
+        electrons, shown = world.look()
+        record = posted(world.place, electrons)
+        looks.append(record.key)
+        event = DamageMeasured(key=record.key, first=looks[0], metric=world.name)
+        if isinstance(shown, str):
+            first = None if record.key == looks[0] else looks[0]
+            return harm.settled(record).measured(event.model_copy(update={"first": first, "reason": shown}), keys)
+        sd = float(np.sqrt((shown[:, 3] ** 2).sum())) / len(shown)
+        event = event.model_copy(update={"mean": float(shown[:, 2].mean()), "sd": sd})
+        tables.append((event, shown))
+        return harm.settled(record).measured(event, keys)
 
     def fitted() -> Harm:
         evidence = [harm.evidence(event, table, world.patch_nm2, keys) for event, table in tables]
@@ -73,11 +82,15 @@ def session(world: World, random: np.random.Generator, seed: int) -> list[Step]:
         return harm.refitted(response, len(evidence), keys)
 
     for _ in range(LADDER):
-        look()
+        harm = look()
+        if harm.alarm:
+            return [], harm.alarm
     harm, steps = fitted(), []
     for number in range(STEPS):
         if number == REFIT:
-            look()
+            harm = look()
+            if harm.alarm:
+                return steps, harm.alarm
             harm = fitted()
         side, fluence = random.uniform(2.0, 4.0), 0.03 * guess * (1.0 / 0.03) ** random.random()
         middle = [float(random.uniform(2.0, extent - 2.0)) for extent in FIELD_NM]
@@ -88,7 +101,7 @@ def session(world: World, random: np.random.Generator, seed: int) -> list[Step]:
         harm = harm.settled(record)
         saturates = bool(np.median(harm.response.critical_fluence_e_per_A2[0]) < harm.response.tested_e_per_A2[0])
         steps.append(Step(reserved, harm.charges[record.key].damage, broken, saturates))
-    return steps
+    return steps, ""
 
 
 def main() -> None:
@@ -109,15 +122,15 @@ def main() -> None:
             world: World = NoImages(seed, random, options.quantile)
         else:
             world = Column(seed, random, options.quantile, meter)
-        steps = session(world, random, seed)
+        steps, paused = session(world, random, seed)
         every += steps
         within = sum(step.broken <= step.reserved for step in steps)
         sums = [sum(getattr(step, name) for step in steps) for name in ("reserved", "expected", "broken")]
         print(f"{seed:4d}  {world.critical:9.0f}  {within:8d} of {len(steps)}  ".ljust(48), end="")
         print(
             "  ".join(f"{value:8.3f}" for value in sums),
-            "  beyond F_c" if steps[-1].saturates else "  slope     ",
-            f" {world.name}",
+            "  beyond F_c" if steps and steps[-1].saturates else "  slope     ",
+            f" {world.name}{'; paused: ' if paused else ''}{paused}",
             flush=True,
         )
     for name, chosen in (

@@ -1,5 +1,5 @@
-"""Two worlds for ``charge_calibration.py``: one without images whose metric is simulated, and the simulated column whose
-frames the learned metric reads.
+"""Two worlds for ``charge_calibration.py``: one without images whose metric is simulated, and the simulated column
+whose frames the learned metric reads.
 
 Both are sheets or crystals of one phase whose bond units break at exponentially distributed fluences; the critical
 fluence lies within a factor ``WITHIN`` of the first guess, log-uniformly.
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from aecontrol import forecast
 from aecontrol.dose import bound_charge
+from aecontrol.measuring import LEAST_PATCHES
 from aecontrol.perception.damage.meter import Meter
 from aecontrol.perception.damage.reading import PATCH_PX
 from aecontrol.true_damage import SCATTERING_POWER
@@ -31,6 +32,7 @@ WITHIN = 5.0
 FIELD_NM = (14.0, 11.0)
 PLACE_NM = (2.5, 2.5)
 CURRENT_PA, TOLERANCE = 10.0, 0.05
+FIRST = "the first frame of its place"
 LADDER_GUESS = 0.3
 """Fluence of one frame of the place, in first guesses of the critical one."""
 
@@ -51,9 +53,9 @@ class World(Protocol):
     def scan(self, window: ScanRegion) -> tuple[int, float]:
         """Expose a window: electrons delivered, damage done (nm^2, sacrificed places left out)."""
 
-    def look(self) -> tuple[int, Floats | None]:
-        """Expose the place: electrons delivered; patches (x, y, score, sd) [n, 4] against the first look, None for the
-        first one and for frames that could not be compared."""
+    def look(self) -> tuple[int, Floats | str]:
+        """Expose the place: electrons delivered; patches (x, y, score, sd) [n, 4] against the first look, or why there
+        are none."""
 
 
 def region(center_nm: tuple[float, float], side_nm: float, fluence: float, pixel_nm: float) -> ScanRegion:
@@ -132,13 +134,13 @@ class NoImages:
         broken = (self.due > before) & (self.due <= self.received)
         return electrons, float(self.worth[broken].sum())
 
-    def look(self) -> tuple[int, Floats | None]:
+    def look(self) -> tuple[int, Floats | str]:
         electrons, before = self._expose(self.place)
         draw = self.sd * self.random.normal(size=self.PATCHES**2) + self.SHARED_SD * self.random.normal()
         score = self.gain * self._shares(0.5 * (before + self.received)) + draw / math.sqrt(2)
         if self.first is None:
             self.first = score
-            return electrons, None
+            return electrons, FIRST
         middles = self.PATCH_NM * (np.arange(self.PATCHES) + 0.5) - 0.5 * self.PATCH_NM * self.PATCHES
         y, x = np.meshgrid(PLACE_NM[1] + middles, PLACE_NM[0] + middles, indexing="ij")
         return electrons, np.column_stack([x.ravel(), y.ravel(), score - self.first, self.sd])
@@ -217,17 +219,17 @@ class Column:
         before, self.done = self.done, self._harm()
         return electrons, self.done - before
 
-    def look(self) -> tuple[int, Floats | None]:
+    def look(self) -> tuple[int, Floats | str]:
         electrons, frame = self._fire(self.place)
         self.done = self._harm()
         if self.first is None:
             self.first = frame
-            return electrons, None
+            return electrons, FIRST
         reading = self.meter.read(self.first, frame, self.place.pixel_size_nm, 0.1)
         inner = np.zeros_like(reading.valid)
         inner[1:-1, 1:-1] = reading.valid[1:-1, 1:-1]
-        if reading.reason or not inner.any():
-            return electrons, None
+        if reading.reason or inner.sum() < LEAST_PATCHES:
+            return electrons, reading.reason or "too few patches"
         row, col = np.nonzero(inner)
         x, y = ((k + 0.5) * PATCH_PX * self.PIXEL_NM - self.SIDE_NM / 2 for k in (col, row))
         return electrons, np.column_stack([PLACE_NM[0] + x, PLACE_NM[1] + y, reading.score[inner], reading.sd[inner]])

@@ -27,6 +27,9 @@ METRIC_SD = 0.05
 LEAST_COUNTS = 1.7
 """Of the learned metric, smoothed: the darkest frames of its training, 3 counts at their peaks, show so many. On darker
 frames it sees nothing, whatever there is."""
+BELOW_NOTHING = 3.0
+"""Standard deviations below zero from which a mean damaged fraction is no error of measurement any more. It is seen
+where most of the matter left before the first frame was taken."""
 BRIGHT = 0.98
 """Quantile of the smoothed frame that counts as its brightest pixels."""
 METRICS: dict[str, Metric] = {
@@ -89,6 +92,8 @@ class Meter:
         if reason := self._too_dark(pair):
             return refused(comparison.shape, self.name, self.sha256, reason)
         score, null = self.metric(pair), null_of(pair, repeats, self.metric)
+        if reason := self._less_than_none((score - null.mean)[pair.whole], null.sd[pair.whole]):
+            return refused(comparison.shape, self.name, self.sha256, reason)
         return DamageReading(
             score=np.where(pair.whole, score - null.mean, np.nan),
             sd=np.where(pair.whole, null.sd, np.nan),
@@ -100,6 +105,15 @@ class Meter:
             metric=self.name,
             sha256=self.sha256,
         )
+
+    def _less_than_none(self, score: NDArray[np.float64], sd: NDArray[np.float64]) -> str:
+        """Why an estimate of the damaged fraction in all patches [n] makes no sense; empty when it does."""
+        if self.gain_sd is None:
+            return ""
+        mean, error = float(score.mean()), float(np.sqrt((sd**2).sum())) / len(sd)
+        if mean > -BELOW_NOTHING * float(np.hypot(error, self.metric_sd)):
+            return ""
+        return f"a damaged fraction of {mean:.2g} makes no sense: the frames differ in what {self.name!r} does not know"
 
     def _too_dark(self, pair: Pair) -> str:
         """Why a pair has too few counts for this metric; empty when it has enough."""
