@@ -12,7 +12,7 @@ from scipy.stats import false_discovery_control
 
 from aecontrol.errors import BadInput
 from aecontrol.perception.damage import classical
-from aecontrol.perception.damage.meter import METRICS, Comparison, build_meter
+from aecontrol.perception.damage.meter import METRICS, Comparison, build_meter, compare, drawn_repeats
 from aecontrol.perception.damage.null import denoised
 from aecontrol.perception.damage.pair import Pair, in_counts
 from aecontrol.perception.damage.reading import benjamini_hochberg
@@ -193,3 +193,12 @@ def test_the_learned_metric_says_nothing_of_frames_darker_than_those_it_learned_
     comparison = Comparison((100, 100), Registration.none(""), pair)
     sober = replace(meter, least_counts=1e6)
     assert "counts in the brightest pixels" in sober.judge(comparison, [pair]).reason
+
+
+def test_less_damage_than_none_is_no_reading_of_a_metric_that_estimates_it():
+    first, later = counts(CRYSTAL.still, 50, 1), counts(CRYSTAL.still, 50, 2)
+    comparison = compare(first, later, PX, LIMIT_NM)
+    worn = [compare(first, counts(CRYSTAL.without(100, 100, 60).still, 50, k), PX, LIMIT_NM).pair for k in (3, 4)]
+    assert "makes no sense" in build_meter("learned", "cpu").judge(comparison, worn).reason
+    assert build_meter("glr", "cpu").judge(comparison, worn).reason == ""
+    assert build_meter("learned", "cpu").judge(comparison, drawn_repeats(comparison)).reason == ""
