@@ -213,8 +213,11 @@ class Harm:
         )
 
     def _unreadable(self, event: DamageMeasured, keys: Keys) -> str:
-        """Why it matters that a frame could not be compared with the first one of its place: the one before could not
-        either, and nobody has foretold that so much would be gone. Empty when it does not matter."""
+        """Why it matters that a frame of a sacrificed place could not be compared with the first one: the one before
+        could not either, and nobody has foretold that so much would be gone. Empty when it does not matter."""
+        place = keys[event.key].region
+        if not any(same_place(place, reference_frame(self.plan, other)) for other in self.plan.references):
+            return ""
         earlier = [other for other in self.measurements if other.first == event.first]
         if event.first is None or not earlier or earlier[-1].mean is not None:
             return ""
@@ -222,7 +225,7 @@ class Harm:
         gone = self.response.damaged(np.array([phase]), np.array([later])).mean()
         if self.response.method != "prior" and gone >= MOST_COMPARABLE:
             return ""
-        x, y = keys[event.key].region.center_nm
+        x, y = place.center_nm
         return (
             f"two frames in a row of the place at ({x:g}, {y:g}) nm cannot be compared with its first one "
             f"({event.reason}): what the beam does there is not known, and the place may be gone already; look at them"

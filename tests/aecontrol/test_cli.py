@@ -15,11 +15,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 GOOD = (CONFIGS / "short.toml").read_text()
 
 
-def aecontrol(*arguments, cwd):
-    command = [sys.executable, "-m", "aecontrol.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=200, check=False)
-
-
 def changed(*pairs):
     text = GOOD
     for old, new in pairs:
@@ -53,14 +48,13 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_named_and_costs_nothing(tmp_path, name):
+def test_a_mistake_is_named_and_costs_nothing(aecontrol, tmp_path, name):
     text, words = MISTAKES[name]
     (tmp_path / "config.toml").write_text(text)
-    done = aecontrol("run", "config.toml", "--out", "s", cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
+    code, _, said = aecontrol("run", "config.toml", "--out", "s")
+    assert code == 2, said
     for word in words:
-        assert word in done.stderr
-    assert "Traceback" not in done.stderr
+        assert word in said
     ledger = tmp_path / "s" / "instrument" / "ledger.sqlite"
     if ledger.exists():  # refused once the instrument had said what it is: its own ledger shows that nothing fired
         from aecontrol.journal import read_journal
@@ -78,11 +72,11 @@ def test_a_mistake_is_named_and_costs_nothing(tmp_path, name):
         (["inspect", "nowhere.tif"], "nowhere.tif"),
     ],
 )
-def test_a_wrong_argument_is_named(tmp_path, arguments, word):
+def test_a_wrong_argument_is_named(aecontrol, tmp_path, arguments, word):
     (tmp_path / "config.toml").write_text(GOOD)
-    done = aecontrol(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert word in done.stderr
+    code, _, said = aecontrol(*arguments)
+    assert code == 2
+    assert word in said
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["doctor"], ["schema"], ["verify", "--help"]])
@@ -103,8 +97,8 @@ def test_light_commands_are_light(tmp_path, arguments):
     assert min(seconds) < 1.0
 
 
-def test_the_schema_describes_every_part(tmp_path):
-    schema = json.loads(aecontrol("schema", cwd=tmp_path).stdout)
+def test_the_schema_describes_every_part(aecontrol):
+    schema = json.loads(aecontrol("schema")[1])
     parts = {name: body for name, body in schema["$defs"].items() if name.count(".") == 1}
     kinds = {name.removeprefix("policy.") for name in parts if name.startswith("policy.")}
     assert {option["$ref"] for option in schema["properties"]["policy"]["oneOf"]} == {
@@ -140,23 +134,23 @@ def recorded(path):
         (b"", "empty"),
     ],
 )
-def test_an_image_that_cannot_be_read_costs_nothing(tmp_path, content, word):
+def test_an_image_that_cannot_be_read_costs_nothing(aecontrol, tmp_path, content, word):
     if content is not None:
         (tmp_path / "image.npz").write_bytes(content)
     (tmp_path / "config.toml").write_text(recorded("image.npz"))
-    done = aecontrol("run", "config.toml", "--out", "s", cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert word in done.stderr
+    code, _, said = aecontrol("run", "config.toml", "--out", "s")
+    assert code == 2, said
+    assert word in said
     assert not (tmp_path / "s" / "session.sqlite").exists()  # the folder can be used again
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
+def test_a_folder_in_use_is_refused(aecontrol, tmp_path):
     from aecontrol.durable import FolderLock
 
     (tmp_path / "config.toml").write_text(GOOD)
     (tmp_path / "s").mkdir()
     lock = FolderLock(tmp_path / "s")
-    done = aecontrol("run", "config.toml", "--out", "s", cwd=tmp_path)
+    code, _, said = aecontrol("run", "config.toml", "--out", "s")
     lock.release()
-    assert done.returncode == 2
-    assert "in use by another run" in done.stderr
+    assert code == 2
+    assert "in use by another run" in said

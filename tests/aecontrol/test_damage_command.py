@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from aecontrol import cli
 from aecontrol.perception.damage.meter import build_meter
 from aecontrol.registry import build_part
 from tests.perception.damage_frames import Crystal, counts
 
 
 @pytest.fixture
-def damage(monkeypatch, capsys, tmp_path):
+def damage(aecontrol):
     """Run `aecontrol damage ...` in an empty folder: exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["aecontrol", "damage", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(aecontrol, "damage")
 
 
 def series(side=140):

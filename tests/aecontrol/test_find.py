@@ -13,7 +13,6 @@ import pytest
 import tifffile
 from PIL import Image
 
-from aecontrol import cli
 from aecontrol.perception.mend import mend_pixels
 from aecontrol.perception.quality import noise_gain
 
@@ -40,26 +39,12 @@ def frame():
     return np.random.default_rng(0).poisson(ideal).astype(np.uint16), at
 
 
-def aecontrol(monkeypatch, capsys, *arguments):
-    """Exit code, stdout and stderr; a traceback would be an exception here."""
-    monkeypatch.setattr(sys, "argv", ["aecontrol", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as end:
-        code = end.code
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
 @pytest.fixture
-def find(monkeypatch, capsys, tmp_path):
+def find(aecontrol):
     """Run `aecontrol find FILE ... --json` in an empty folder; the exit code, and the result or what was said."""
-    monkeypatch.chdir(tmp_path)
 
     def run(file, *arguments):
-        code, out, err = aecontrol(monkeypatch, capsys, "find", file, "--device", "cpu", "--json", *arguments)
-        assert "Traceback" not in err
+        code, out, err = aecontrol("find", file, "--device", "cpu", "--json", *arguments)
         return code, json.loads(out) if code == 0 else err
 
     return run
@@ -138,10 +123,9 @@ def test_the_same_image_gives_the_same_files(find, frame, tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_people_get_a_summary(monkeypatch, capsys, tmp_path, frame):
-    monkeypatch.chdir(tmp_path)
+def test_people_get_a_summary(aecontrol, tmp_path, frame):
     saved("a.npy", frame[0])
-    code, out, _ = aecontrol(monkeypatch, capsys, "find", "a.npy", "--pixel-size-nm", str(PIXEL), "--device", "cpu")
+    code, out, _ = aecontrol("find", "a.npy", "--pixel-size-nm", str(PIXEL), "--device", "cpu")
     assert code == 0
     for word in ("atoms", "counts per column", "standard error", "nearest neighbour", "a_find/overlay.png"):
         assert word in out

@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from aecontrol import cli
-
 PIXEL = 0.08
 RADIUS_NM = 2.0
 AT_NM = (4.3, 6.1)
-
-
-@pytest.fixture
-def aecontrol(monkeypatch, capsys, tmp_path):
-    """Run a command in an empty folder: the exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object):
-        monkeypatch.setattr(sys, "argv", ["aecontrol", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

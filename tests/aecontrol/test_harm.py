@@ -179,6 +179,9 @@ def test_a_place_that_cannot_be_compared_twice_in_a_row_raises_the_alarm_unless_
     assert not doomed.measured(lost[0], keys).measured(lost[1], keys).alarm
     untaught = replace(doomed, response=doomed.response.model_copy(update={"method": "prior"}))
     assert untaught.measured(lost[0], keys).measured(lost[1], keys).alarm
+    records = [key(n, window()) for n in (1, 2, 3, 4)]  # a sub-scan, which nobody relies on
+    elsewhere, keys = settled(*records, believed=response(hard=1e6))
+    assert not elsewhere.measured(lost[0], keys).measured(lost[1], keys).alarm
     first = DamageMeasured(key=records[1].key, metric="m", reason="the first frame of its place")
     assert not harm.measured(first, keys).measured(first, keys).alarm
 

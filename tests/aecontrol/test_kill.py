@@ -24,11 +24,11 @@ def start(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(*arguments):
-    process = start(*arguments)
+def ended(process):
+    """What a process printed that came to its end."""
     out, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
-    return out
+    return json.loads(out)
 
 
 def session_config(tmp_path):
@@ -53,7 +53,7 @@ def events_so_far(folder):
 
 
 def campaign(tmp_path, kills, seed):
-    """Kill a session ``kills`` times at random events, then let it end; returns its folder."""
+    """Kill a session ``kills`` times at random events, then let it end: its folder, and what it printed."""
     random = np.random.default_rng(seed)
     folder = tmp_path / f"killed-{seed}"
     process = start("run", session_config(tmp_path), "--out", folder, "--json")
@@ -69,13 +69,11 @@ def campaign(tmp_path, kills, seed):
             process = start("run", session_config(tmp_path), "--out", folder, "--json")
         else:
             process = start("resume", folder, "--json")
-    process.communicate(timeout=280)
-    return folder
+    return folder, ended(process)
 
 
-def check(folder, straight):
+def check(aecontrol, folder, result, straight):
     """The three promises, against the uninterrupted session ``straight``."""
-    result = json.loads(finish("resume", folder, "--json"))  # a finished session prints its summary
     state = fold(read_events(folder))
     assert state.stopped is not None
     keys = firings(folder)
@@ -85,7 +83,7 @@ def check(folder, straight):
     assert set(keys) == {key for key, record in state.keys.items() if record.state in ("POST", "INDET")}
     summary = json.loads((folder / "summary.json").read_bytes())
     assert summary["electrons_delivered"] <= state.charged.electrons <= state.plan.budget.electrons
-    verified = json.loads(finish("verify", folder, "--json"))
+    verified = json.loads(aecontrol("verify", folder, "--json")[1])
     assert verified["identical"] == verified["decisions"]
     lost = [record for record in state.keys.values() if record.state == "INDET"]
     assert len(verified["notes"]) == len(lost)
@@ -94,16 +92,16 @@ def check(folder, straight):
     return len(lost)
 
 
-def test_killed_three_times_it_ends_as_if_nothing_had_happened(tmp_path):
-    straight = json.loads(finish("run", session_config(tmp_path), "--out", tmp_path / "straight", "--json"))
+def test_killed_three_times_it_ends_as_if_nothing_had_happened(aecontrol, tmp_path):
+    straight = json.loads(aecontrol("run", session_config(tmp_path), "--out", tmp_path / "straight", "--json")[1])
     assert straight["stopped"]["kind"] == "budget"
-    check(campaign(tmp_path, 3, seed=1), straight)
+    check(aecontrol, *campaign(tmp_path, 3, seed=1), straight)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_kill_campaign(tmp_path):
+def test_kill_campaign(aecontrol, tmp_path):
     """50 kills: pytest -m slow tests/aecontrol/test_kill.py"""
-    straight = json.loads(finish("run", session_config(tmp_path), "--out", tmp_path / "straight", "--json"))
-    lost = sum(check(campaign(tmp_path, 5, seed), straight) for seed in range(2, 12))
+    straight = json.loads(aecontrol("run", session_config(tmp_path), "--out", tmp_path / "straight", "--json")[1])
+    lost = sum(check(aecontrol, *campaign(tmp_path, 5, seed), straight) for seed in range(2, 12))
     print(f"50 kills, 10 sessions: {lost} exposures interrupted and charged in full, 0 repeated")

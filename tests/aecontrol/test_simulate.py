@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -39,12 +37,11 @@ def small_mos2(**changes):
     return table("simulate_mos2.toml", **(quick | changes))
 
 
-def test_the_command_writes_images_and_truth_that_agree(tmp_path):
+def test_the_command_writes_images_and_truth_that_agree(aecontrol, tmp_path):
     out = tmp_path / "mos2.npz"
-    command = [sys.executable, "-m", "aecontrol.cli", "simulate", str(CONFIGS / "simulate_mos2.toml")]
-    done = subprocess.run([*command, "--out", str(out), "--json"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    code, printed, _ = aecontrol("simulate", CONFIGS / "simulate_mos2.toml", "--out", out, "--json")
+    assert code == 0
+    said = json.loads(printed)
     assert (said["file"], said["shape"]) == (str(out), [512, 512])
     with np.load(out) as file:
         found = {name: file[name] for name in file.files}
