@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from aecontrol.commands import Decide, FollowPlan, MeasureDamage, MeasureDrift
 from aecontrol.dose import Totals
 from aecontrol.errors import StorageFault
@@ -17,6 +19,7 @@ from aecontrol.events import (
     Perceived,
     Recorded,
     Reembedded,
+    ResponseFitted,
     SessionEvent,
     step_text,
 )
@@ -24,7 +27,7 @@ from aecontrol.exposure import LedgerRecord
 from aecontrol.folding import apply, begin
 from aecontrol.journal import read_journal
 from aecontrol.machine import next_command
-from aecontrol.measuring import Meter, load_array, measure_damage, measure_drift, meter_of
+from aecontrol.measuring import Meter, fit, load_array, measure_damage, measure_drift, meter_of
 from aecontrol.session import config_of, read_events
 from aecontrol.state import State
 from aecontrol.types import ArrayRef
@@ -62,6 +65,8 @@ def verify_session(folder: Path) -> dict[str, Any]:
             differences += _drift(folder, event, state)
         if isinstance(event, DamageMeasured):
             differences += _damage(folder, event, state, meter)
+        if isinstance(event, ResponseFitted):
+            differences += _response(folder, event, state, meter)
         state = apply(state, event)
     differences += compare_ledgers(folder, state)
     differences += _arrays(folder, events)
@@ -109,6 +114,21 @@ def _damage(folder: Path, event: DamageMeasured, state: State, meter: Meter | No
     off = abs((again.mean or 0.0) - (event.mean or 0.0))
     if (again.mean is None) != (event.mean is None) or off > 0.1 * (event.sd or 0.0) + 1e-9:
         yield f"{step_text(state.intent)}: its frame does not show the damage that was recorded"
+
+
+def _response(folder: Path, event: ResponseFitted, state: State, meter: Meter | None) -> Iterator[str]:
+    """Whether the stored readings still give the response that was charged by: its median critical fluences to within
+    a tenth of their spread, for which another machine's rounding is no excuse."""
+    if meter is None:
+        return  # said of every measurement
+    try:
+        again = fit(folder, state, meter)
+    except StorageFault:
+        return  # damaged arrays are reported with the others
+    ours, theirs = (np.log(r.response.critical_fluence_e_per_A2) for r in (again, event))
+    off = np.abs(np.median(ours, axis=1) - np.median(theirs, axis=1))
+    if again.measurements != event.measurements or (off > 0.1 * theirs.std(axis=1) + 1e-9).any():
+        yield f"{step_text(state.intent)}: what was measured does not give the response that was recorded"
 
 
 def compare_ledgers(folder: Path, state: State) -> Iterator[str]:

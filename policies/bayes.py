@@ -238,11 +238,11 @@ class Bayes(Model):
     ) -> Decision:
         """The lower rungs: the highest overview evidence, or without any the Sobol sequence."""
         cheap = evidence(history, candidates)
-        if np.isfinite(cheap[allowed]).any():
-            scores = np.where(np.isfinite(cheap), cheap, -np.inf)
-            if not terms.plain:
-                scores = _log_evidence(cheap / terms.looks.area) + terms.factor
-                scores += _log(terms.looks.gain(1.0) * unseen(candidates, terms.looks, history, 1.0))
+        scores = np.where(np.isfinite(cheap), cheap, -np.inf)
+        if not terms.plain and np.isfinite(cheap).any():
+            scores = _log_evidence(cheap / terms.looks.area) + terms.factor
+            scores += _log(terms.looks.gain(1.0) * unseen(candidates, terms.looks, history, 1.0))
+        if np.isfinite(scores[allowed]).any():
             index = best_index(scores, allowed)
             why = (
                 f"{place(candidates, index)}: highest overview evidence{self._per(terms)}, {cheap[index]:.4g}, of "

@@ -11,6 +11,7 @@ from aecontrol.errors import BadInput
 from aecontrol.folding import fold
 from aecontrol.session import Session, read_events
 from aecontrol.types import AreaPlan, Budget, DamagePlan, ReferencePlan
+from aecontrol.verify import verify_session
 from drivers.faults import Crash
 
 from .parts import CountingColumn, Pulse, Reckless, configuration
@@ -152,3 +153,28 @@ def test_wishes_that_cannot_be_met_are_refused_before_any_dose(tmp_path, changes
     with pytest.raises(BadInput) as error:
         run(tmp_path / "s", **{"damage": DAMAGE, **changes})
     assert word in str(error.value)
+
+
+def test_verify_measures_and_fits_again(tmp_path, monkeypatch):
+    run(tmp_path / "s", damage=DAMAGE)
+    config = configuration(TAME, FrailColumn(), BUDGET, damage=DAMAGE)
+    events = read_events(tmp_path / "s")
+    monkeypatch.setattr("aecontrol.verify.config_of", lambda events: config)
+
+    def differences(kind, change):
+        told = [change(event) if event.kind == kind else event for event in events]
+        monkeypatch.setattr("aecontrol.verify.read_events", lambda folder: told)
+        return verify_session(tmp_path / "s")["differences"]
+
+    def softer(event):
+        critical = tuple(tuple(0.5 * f for f in phase) for phase in event.response.critical_fluence_e_per_A2)
+        return event.model_copy(
+            update={"response": event.response.model_copy(update={"critical_fluence_e_per_A2": critical})}
+        )
+
+    def less(event):
+        return event if event.mean is None else event.model_copy(update={"mean": event.mean - 0.05})
+
+    assert differences("response_fitted", lambda event: event) == []
+    assert "does not give the response" in differences("response_fitted", softer)[0]
+    assert "does not show the damage" in differences("damage_measured", less)[0]
