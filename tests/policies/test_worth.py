@@ -150,6 +150,16 @@ def test_a_session_ends_when_nothing_is_left_to_see():
     assert Bayes(cost="electrons").decide(view, alike, 0).explanation.candidate == 15
 
 
+def test_where_the_overview_shows_what_is_known_already_the_rest_is_next():
+    """Only one place has evidence, and it was scanned at length: no other has any to be chosen by."""
+    overview = [5.0 if place % 16 == 0 and place < 32 else None for place in range(len(KINDS))]
+    view = history(KINDS, [16], [3.0], overview)
+    explanation = Bayes(cost="electrons").decide(view, KINDS, 0).explanation
+    assert explanation.candidate not in (0, 16)
+    assert "no overview evidence" in explanation.why
+    assert "nan" not in explanation.why
+
+
 @pytest.mark.parametrize("policy", [Bayes(), Bayes(cost="electrons"), Bayes(acquisition="max_variance")])
 def test_as_many_electrons_in_finer_pixels_show_nothing_new(policy):
     """Two kinds of windows of equal size and exposure are still two: a place that one has seen is not offered again."""
