@@ -90,11 +90,16 @@ class Harm:
 
     def reserve(self, region: ScanRegion, bound: Charge) -> float:
         """Damage to reserve for an exposure, nm^2: the planned quantile of what its declared electrons may harm."""
+        return self._reserved(region, bound)[0]
+
+    def outlook(self, region: ScanRegion, bound: Charge) -> tuple[float, float]:
+        """Damage to reserve for an exposure, and what its declared electrons are expected to do: about what it will be
+        settled at. Both nm^2."""
         return self._reserved(region, bound)
 
     def reserve_by_area(self, region: ScanRegion, bound: Charge) -> tuple[float, ...]:
         """The same in each area that has a limit of damage; 0 in the others."""
-        return tuple(0.0 if area.damage is None else self._reserved(region, bound, area) for area in self.areas)
+        return tuple(0.0 if area.damage is None else self._reserved(region, bound, area)[0] for area in self.areas)
 
     def exceeds(self, budget: float) -> float:
         """Chance that the damage so far is more than ``budget`` nm^2."""
@@ -160,15 +165,15 @@ class Harm:
         rows, cols = self.ground.shape
         return np.asarray(self.ground.phase.reshape(rows, cols)[np.clip(y, 0, rows - 1), np.clip(x, 0, cols - 1)])
 
-    def _reserved(self, region: ScanRegion, bound: Charge, area: AreaPlan | None = None) -> float:
-        """The planned quantile of what the declared current may harm: its tolerance, which the bound of electrons adds
-        in full, is taken as two standard deviations. In the one area, or anywhere."""
+    def _reserved(self, region: ScanRegion, bound: Charge, area: AreaPlan | None = None) -> tuple[float, float]:
+        """The planned quantile of what the declared current may harm, and its mean: the tolerance, which the bound of
+        electrons adds in full, is taken as two standard deviations. In the one area, or anywhere."""
         tolerance = self.instrument.current_tolerance
-        expected = self._forecast(region, (bound.electrons or 0) / (1.0 + tolerance), area)
+        forecast = self._forecast(region, (bound.electrons or 0) / (1.0 + tolerance), area)
+        expected = forecast.expected
         # what is charged in the end is the mean, which lies far above the median where little is known
-        return max(
-            expected.blurred(0.5 * tolerance).quantile(self.plan.quantile), (1.0 + tolerance) * expected.expected
-        )
+        reserved = max(forecast.blurred(0.5 * tolerance).quantile(self.plan.quantile), (1.0 + tolerance) * expected)
+        return reserved, expected
 
     def _forecast(self, region: ScanRegion, electrons: float, area: AreaPlan | None = None) -> forecast.Forecast:
         field_nm = self.instrument.field_nm
@@ -182,7 +187,7 @@ class Harm:
         reserved where nobody knows."""
         electrons = record.charge.electrons or 0
         if record.state == "INDET":
-            reserved = tuple(self._reserved(record.region, record.bound, area) for area in self.areas)
+            reserved = tuple(self._reserved(record.region, record.bound, area)[0] for area in self.areas)
             return HarmCharge(record.bound.damage, "model", reserved)
         areas = tuple(self._forecast(record.scanned, electrons, area).expected for area in self.areas)
         return HarmCharge(self._forecast(record.scanned, electrons).expected, "model", areas)

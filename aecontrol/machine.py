@@ -95,9 +95,11 @@ def _over_areas(state: State, region: ScanRegion, bound: Charge) -> str | None:
 def bound_of(state: State, region: ScanRegion) -> Charge:
     """The most that an exposure can cost, and the damage to reserve for it."""
     bound = _bound(region, state.bounded)
-    if state.harm is None:
-        return bound
-    return bound.model_copy(update={"damage": state.harm.reserve(region, bound), "damage_basis": "model"})
+    return bound if state.harm is None else _harming(bound, state.harm.reserve(region, bound))
+
+
+def _harming(bound: Charge, damage: float) -> Charge:
+    return bound.model_copy(update={"damage": damage, "damage_basis": "model"})
 
 
 def preflight(plan: Plan, capabilities: Capabilities) -> None:
@@ -174,11 +176,15 @@ def _check_damage(plan: Plan, state: State) -> None:
 
 def history(state: State) -> History:
     """What the policy may know, folded from the journal, with the guard's mask over the candidates."""
-    charges = tuple(bound_of(state, region) for region in state.candidates)
+    charges = bounds = tuple(_bound(region, state.bounded) for region in state.candidates)
+    if state.harm is not None:  # what is reserved goes back once an exposure is settled, what is expected does not
+        both = [state.harm.outlook(region, bound) for region, bound in zip(state.candidates, bounds, strict=True)]
+        charges = tuple(_harming(bound, expected) for bound, (_, expected) in zip(bounds, both, strict=True))
+        bounds = tuple(_harming(bound, reserved) for bound, (reserved, _) in zip(bounds, both, strict=True))
     then = _once_measured(state)
     feasible = tuple(
-        index not in state.closed and refusal(then, _now(state, region), charge, state.plan.decision_seconds) is None
-        for index, (region, charge) in enumerate(zip(state.candidates, charges, strict=True))
+        index not in state.closed and refusal(then, _now(state, region), bound, state.plan.decision_seconds) is None
+        for index, (region, bound) in enumerate(zip(state.candidates, bounds, strict=True))
     )
     return History(
         step=state.step + 1,

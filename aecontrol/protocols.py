@@ -108,8 +108,9 @@ class History:
     ``overview`` holds one Observation per candidate, in candidate order (empty without an overview). ``scans`` are the
     perceived sub-scans in order and ``scanned`` their candidate indices (-1 for a region off the grid). ``feasible``
     is the guard's mask over the candidates: budget, field, already spent areas. ``charges`` are the upper bounds of
-    each candidate, ``damage`` among them. ``validity`` is the share of each candidate's matter that is expected to be
-    undamaged still (empty: nothing is known of damage): what is scanned there tells of the specimen only so far.
+    each candidate, but for ``damage``: that is what is expected, at which it will be settled. ``validity`` is the share
+    of each candidate's matter that is expected to be undamaged still (empty: nothing is known of damage): what is
+    scanned there tells of the specimen only so far.
     ``left`` is the share of the budget that nothing is charged to yet, by currency ('electrons', 'pixels', 'damage',
     'seconds'); a currency without a budget is missing.
     """

@@ -105,6 +105,17 @@ def test_what_never_fired_harms_nothing_and_what_nobody_knows_is_charged_as_rese
     assert harm.fluence.any()
 
 
+def test_a_policy_sees_what_is_expected_and_the_guard_what_is_reserved():
+    either = response().model_copy(
+        update={"critical_fluence_e_per_A2": ((2000.0,) * 9 + (100.0,), (200.0,) * 10), "amplitude": (1.0,) * 10}
+    )
+    harm, _ = settled(believed=either)
+    record = key(1, window(), part=1.0)
+    reserved, expected = harm.outlook(record.region, record.bound)
+    assert reserved == harm.reserve(record.region, record.bound) > 2.0 * expected
+    assert expected == pytest.approx(harm.settled(record).total.damage, rel=0.1)
+
+
 def test_the_reserve_covers_the_settlement_and_a_soft_phase_costs_more():
     harm, _ = settled()
     for x, y in ((9.0, 9.0), (15.0, 8.0)):

@@ -21,7 +21,7 @@ from aecontrol.events import (
     SessionStarted,
 )
 from aecontrol.folding import apply, begin
-from aecontrol.machine import next_command, preflight
+from aecontrol.machine import bound_of, history, next_command, preflight
 from aecontrol.types import AreaPlan, Budget, Frame, OverviewPlan
 
 from .test_harm import COLUMN, DAMAGE, PLAN, TABLE, response
@@ -74,6 +74,15 @@ def test_what_was_measured_is_learned_from_though_the_last_frame_of_the_referenc
     assert len(state.harm.usable) == 1
     assert isinstance(next_command(state), FollowPlan)  # one more frame
     assert isinstance(next_command(exposed(state, lost=True)), FitResponse)
+
+
+def test_a_window_costs_a_policy_what_it_will_be_charged():
+    state = exposed(started())
+    charges = history(state).charges
+    for region, charge in zip(state.candidates, charges, strict=True):
+        bound = bound_of(state, region)
+        assert 0.0 < charge.damage < bound.damage
+        assert charge.electrons == bound.electrons
 
 
 def test_only_a_person_who_was_told_of_an_alarm_can_lift_it():
