@@ -312,6 +312,7 @@ def vacancies(folder: Path, **changes) -> tuple[int, int, float, State]:
     return len(found), len(ours), off, state
 
 
+@pytest.mark.slow
 def test_following_the_drift_finds_what_a_still_specimen_shows(tmp_path):
     still = {"drift_nm_per_s": [0.0, 0.0], "drift_wander_nm_per_s": 0.0}
     runs = {
