@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,8 @@ def _judged(
             at = (round(comparison.registration.shift_px[0]), round(comparison.registration.shift_px[1]))
     judged = Judged(series, tuple(readings), fluence)
     laid = {"frames": np.stack(frames).astype(np.float32), "valid": np.stack(valid)}
-    return Judged(series, judged.readings, fluence, _response(judged, meter.gain_sd)), rows, laid
+    response, plausible = _response(judged, meter)
+    return replace(judged, response=response, plausible=plausible), rows, laid
 
 
 def _laid(comparison: Comparison, later: NDArray[np.generic]) -> tuple[Floats, NDArray[np.bool_]]:
@@ -137,21 +139,25 @@ def _laid(comparison: Comparison, later: NDArray[np.generic]) -> tuple[Floats, N
     return np.where(comparison.pair.valid, moved, np.nan), comparison.pair.valid
 
 
-def _response(judged: Judged, gain_sd: float | None) -> Response | None:
-    """How damage follows fluence, where the dose is known and at least two doses were compared."""
+def _response(judged: Judged, meter: Meter) -> tuple[Response | None, float]:
+    """How damage follows fluence, where the dose is known and at least two doses were compared; and the p-value of the
+    law behind it."""
     from aecontrol.response import Evidence
 
     valid = [(k, r) for k, r in enumerate(judged.readings, start=1) if r.valid.any()]
     if judged.series.dose is None or len(valid) < 2:
-        return None
-    from aecontrol.fit_response import fit_response
+        return None, 1.0
+    from aecontrol.fit_response import criticise, fit_response
 
     evidence = []
     for k, reading in valid:
         count = int(reading.valid.sum())
         first, later = np.full(count, judged.fluence[0]), np.full(count, judged.fluence[k])
-        evidence.append(Evidence(0, first, later, reading.score[reading.valid], reading.sd[reading.valid]))
-    return fit_response(evidence, ("specimen",), float(judged.fluence[-1]), gain_sd=gain_sd)
+        score, sd = reading.score[reading.valid], reading.sd[reading.valid]
+        evidence.append(Evidence(0, first, later, score, sd, frame="first"))
+    guess = float(judged.fluence[-1])
+    response = fit_response(evidence, ("specimen",), guess, gain_sd=meter.gain_sd, metric_sd=meter.metric_sd)
+    return response, criticise(response, evidence)
 
 
 def _contract(meter: Meter, judged: Judged, folder: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 EVERYWHERE = 0.6
 """From this share of flagged patches on the whole frame has changed."""
+IMPLAUSIBLE = 0.01
+"""p-value of the law below which a curve is said not to follow it."""
 POOR_PX = 0.15
 """Registration that may be off by more than this is mentioned."""
 
@@ -70,6 +72,11 @@ def _dose(judged: Judged, compared: int) -> Iterator[str]:
     if response is None:
         yield f"Only {compared} dose was compared: no curve, and no critical fluence, follows from it."
         return
+    if judged.plausible < IMPLAUSIBLE:
+        yield (
+            f"Damage of 1 - exp(-F / F_c) does not describe the curve (p = {judged.plausible:.1g}; of curves that it "
+            "does describe, one in twelve is told so): do not rely on the numbers that follow."
+        )
     critical = np.array(response.critical_fluence_e_per_A2[0])
     low, middle, high = np.quantile(critical, (0.05, 0.5, 0.95))
     tested = response.tested_e_per_A2[0]

@@ -36,9 +36,11 @@ class Series:
 @dataclass(frozen=True)
 class Judged:
     """A series as one metric sees it: ``readings`` of frames 1, 2, ... against frame 0; ``fluence`` [frames] in the
-    middle of every frame, e/A^2, or in frames where no dose is known; ``response`` where it could be fitted."""
+    middle of every frame, e/A^2, or in frames where no dose is known; ``response`` where it could be fitted, and
+    ``plausible``, the p-value of its law."""
 
     series: Series
     readings: tuple[DamageReading, ...]
     fluence: Floats
     response: Response | None = None
+    plausible: float = 1.0

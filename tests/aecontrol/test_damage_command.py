@@ -5,13 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import tomllib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from aecontrol.damage_series import _response
+from aecontrol.damage_words import conclusions
+from aecontrol.judged import Judged, Series
 from aecontrol.perception.damage.meter import build_meter
+from aecontrol.perception.damage.reading import DamageReading
 from aecontrol.registry import build_part
 from tests.perception.damage_frames import Crystal, counts
 
@@ -63,6 +68,33 @@ def test_a_series_gets_maps_a_table_and_a_verdict(damage, tmp_path, monkeypatch)
     assert "only the slope may be used" in said or "Critical fluence" in said
     for name in ("maps.png", "curve.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_curve_that_does_not_follow_the_law_is_said_not_to():
+    glr, fluence = build_meter("glr", "cpu"), 100.0 * (np.arange(9) + 0.5)
+    grid, noise = np.ones((6, 6)), np.random.default_rng(0)
+    frames = Series("s", np.zeros((9, 120, 120)), 0.02, 100.0, 0.1)
+
+    def told(damaged):
+        readings = [
+            DamageReading(
+                score=damage * grid + noise.normal(0, 0.02, grid.shape),
+                sd=0.02 * grid,
+                p=grid,
+                valid=grid > 0,
+                shift_px=(0.0, 0.0),
+                residual_px=0.01,
+                reason="",
+                metric="glr",
+            )
+            for damage in damaged[1:] - damaged[0]
+        ]
+        judged = Judged(frames, tuple(readings), fluence)
+        response, plausible = _response(judged, glr)
+        return " ".join(conclusions(replace(judged, response=response, plausible=plausible)))
+
+    assert "does not describe the curve" not in told(1.0 - np.exp(-fluence / 400.0))
+    assert "does not describe the curve" in told(1.0 - np.exp(-((fluence / 600.0) ** 6)))
 
 
 def test_bad_series_are_refused_with_value_limit_and_mend(damage, tmp_path):
