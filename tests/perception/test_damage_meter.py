@@ -65,6 +65,16 @@ def test_rows_that_jitter_across_are_part_of_the_null():
     assert still.across_px < 0.06
 
 
+def test_what_damage_and_focus_do_to_columns_along_the_rows_is_not_taken_for_jitter():
+    still = Crystal.square(turn=0.0)
+    for seed in range(3):
+        kept = np.random.default_rng(seed).uniform(0.3, 1.0, len(still.at))
+        worn = replace(still, weight=kept * still.weight)
+        found = register(counts(still.still, 50, seed), counts(worn.shows(blur=2.4), 50, 9 + seed), PX, LIMIT_NM)
+        assert found.reason == ""
+        assert max(found.across_px, found.jitters_px) < 0.12
+
+
 def test_the_kernel_takes_up_dose_and_focus():
     first, later = counts(CRYSTAL.still, 50, 1), counts(CRYSTAL.shows(blur=2.3), 60, 2)
     pair = Pair.of(first, later, np.ones(first.shape, dtype=bool))

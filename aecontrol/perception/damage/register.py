@@ -28,8 +28,10 @@ PAD_PX = 16
 JITTER_PX = 0.2
 """Rows are laid on each other one by one from this standard deviation on; below it little is gained."""
 LARGEST_JITTER_PX = 3.0
-LEAST_GAIN = 4.0
-"""Twice the logarithm of the likelihood ratio from which rows are said to jitter at all."""
+LEAST_SURE = 2.0
+"""Standard errors from which rows are said to jitter at all."""
+ROW_PARTS = 4
+"""Parts of a row that tell its shift independently."""
 ROWS_ALIKE = 3.0
 """Jitter changes from row to row; atoms reach over about this many."""
 ROWS_LEFT = 0.91
@@ -139,16 +141,13 @@ def _jitter(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Floats,
     """Shift [rows] of every row beyond that of its neighbours, the standard deviation [rows] of what is not known of
     it, and the standard deviation of all. No shift where the rows hardly jitter. What moves several rows alike may be
     atoms, and is left."""
-    from scipy.ndimage import gaussian_filter1d
-
     at, left, spread = np.zeros(len(first)), np.zeros(len(first)), 0.0
     for _ in range(3):  # a large shift is found in steps, for each is taken as small
-        step, sigma = _row_shifts(first, _along_rows(later, at), valid)
-        found = at + step
-        found -= gaussian_filter1d(found, ROWS_ALIKE)
-        spread = _spread(found, sigma) / ROWS_LEFT
+        pulls = _Pulls.of(first, _along_rows(later, at), valid, axis=1)
+        found, spread = pulls.own(at)
         if spread <= JITTER_PX:
             return np.zeros(len(first)), np.full(len(first), spread), spread
+        sigma = pulls.sigma
         known = spread**2 / (spread**2 + sigma**2)  # of a normal prior and a normal error
         at, left = np.clip(known * found, -LARGEST_JITTER_PX, LARGEST_JITTER_PX), np.sqrt(known) * sigma
     return at, left, spread
@@ -156,42 +155,73 @@ def _jitter(first: Floats, later: Floats, valid: Bools) -> tuple[Floats, Floats,
 
 def _across(first: Floats, later: Floats, valid: Bools) -> float:
     """Standard deviation of the shifts of rows towards their neighbours."""
-    from scipy.ndimage import gaussian_filter1d
-
-    step, sigma = _row_shifts(first, later, valid, axis=0)
-    return _spread(step - gaussian_filter1d(step, ROWS_ALIKE), sigma) / ROWS_LEFT
+    return _Pulls.of(first, later, valid, axis=0).own(np.zeros(len(first)))[1]
 
 
-def _row_shifts(first: Floats, later: Floats, valid: Bools, axis: int = 1) -> tuple[Floats, Floats]:
-    """Shift [rows] of each row of ``later`` along ``axis``, taken as small, by least squares on the slope, and its
-    standard error.
+@dataclass(frozen=True)
+class _Pulls:
+    """Least squares for the shift of each row of a frame, part by part of the row: ``right`` sides and ``square`` terms
+    [parts, rows], and the standard error ``sigma`` [rows] of the whole row's shift by shot noise."""
 
-    The slope is that of both frames together, whose noise does not correlate with that of their difference; its
-    square is taken as the product of either frame's slope, whose noises do not correlate with each other.
-    """
-    from scipy.ndimage import gaussian_filter, gaussian_filter1d
+    right: Floats
+    square: Floats
+    sigma: Floats
 
-    ratio = float(later[valid].sum()) / max(float(first[valid].sum()), 1e-300)
-    a, b = ratio * first, np.where(valid, later, ratio * first)
-    order = (0, 1) if axis == 1 else (1, 0)
-    slope_a, slope_b = (np.where(valid, gaussian_filter(f, ROW_SMOOTHING_PX, order=order), 0.0) for f in (a, b))
-    raw_a, raw_b = (np.gradient(f, axis=axis) for f in (a, b))
-    slope = 0.5 * (slope_a + slope_b)
-    square = 0.5 * (slope_a * raw_b + slope_b * raw_a).sum(axis=1)
-    square = np.maximum(gaussian_filter1d(square, 2.0), 0.05 * max(float(square.mean()), 1e-300))
-    shift = ((a - b) * slope).sum(axis=1) / square
-    noise = gaussian_filter1d(((ratio * a + b).clip(0.0) * slope**2).sum(axis=1), 2.0)
-    return shift, np.sqrt(np.maximum(noise, 1e-300)) / square
+    @classmethod
+    def of(cls, first: Floats, later: Floats, valid: Bools, axis: int) -> _Pulls:
+        """For shifts of the rows of ``later``, taken as small, along ``axis``.
+
+        The slope is that of both frames together, whose noise does not correlate with that of their difference; its
+        square is taken as the product of either frame's slope, whose noises do not correlate with each other.
+        """
+        from scipy.ndimage import gaussian_filter, gaussian_filter1d
+
+        ratio = float(later[valid].sum()) / max(float(first[valid].sum()), 1e-300)
+        a, b = ratio * first, np.where(valid, later, ratio * first)
+        order = (0, 1) if axis == 1 else (1, 0)
+        slope_a, slope_b = (np.where(valid, gaussian_filter(f, ROW_SMOOTHING_PX, order=order), 0.0) for f in (a, b))
+        raw_a, raw_b = (np.gradient(f, axis=axis) for f in (a, b))
+        slope = 0.5 * (slope_a + slope_b)
+
+        def parts(image: Floats) -> Floats:
+            return np.stack([part.sum(axis=1) for part in np.array_split(image, ROW_PARTS, axis=1)])
+
+        square = gaussian_filter1d(parts(0.5 * (slope_a * raw_b + slope_b * raw_a)), 2.0, axis=1)
+        square = np.maximum(square, 0.05 * max(float(square.mean()), 1e-300))
+        noise = gaussian_filter1d(((ratio * a + b).clip(0.0) * slope**2).sum(axis=1), 2.0)
+        sigma = np.sqrt(np.maximum(noise, 1e-300)) / square.sum(axis=0)
+        return cls(parts(_unfocused(a, b, valid) * slope), square, sigma)
+
+    def own(self, at: Floats) -> tuple[Floats, float]:
+        """Shifts [rows] of a frame whose rows were moved back by ``at`` [rows] beyond what neighbours share, and their
+        standard deviation; 0 where there may be none.
+
+        All parts of a row share its shift, and nothing else: neither noise nor what damage does to single atoms. So the
+        mean product of what two parts say is the variance.
+        """
+        from scipy.ndimage import gaussian_filter1d
+
+        shift = at + self.right.sum(axis=0) / self.square.sum(axis=0)
+        shared = gaussian_filter1d(shift, ROWS_ALIKE)
+        own = self.right + self.square * (at - shared)
+        products = own.sum(axis=0) ** 2 - (own**2).sum(axis=0)
+        if products.sum() <= LEAST_SURE * np.sqrt((products**2).sum()):
+            return shift - shared, 0.0
+        scale = (self.square.sum(axis=0) ** 2 - (self.square**2).sum(axis=0)).sum()
+        spread = float(np.sqrt(products.sum() / scale)) / ROWS_LEFT
+        return shift - shared, min(spread, LARGEST_JITTER_PX)
 
 
-def _spread(shift: Floats, sigma: Floats) -> float:
-    """Standard deviation of normal shifts that were measured with errors ``sigma``, by maximum likelihood; 0 where that
-    explains them about as well."""
-    tried = np.linspace(0.0, LARGEST_JITTER_PX, 121)
-    variance = tried[:, None] ** 2 + sigma**2 + 1e-12
-    loss = (np.log(variance) + shift**2 / variance).sum(axis=1)
-    best = int(np.argmin(loss))
-    return float(tried[best]) if loss[0] - loss[best] > LEAST_GAIN else 0.0
+def _unfocused(a: Floats, b: Floats, valid: Bools) -> Floats:
+    """``a - b`` [rows, cols] without what dose and focus explain of it: where columns of atoms lie along the rows, all
+    of a row loses or gains by focus as if it were shifted."""
+    from scipy.ndimage import gaussian_filter, gaussian_laplace
+
+    mean, difference = 0.5 * (a + b), a - b
+    fields = [filtered(mean, ROW_SMOOTHING_PX) for filtered in (gaussian_filter, gaussian_laplace)]
+    design = np.stack([*(field[valid] for field in fields), np.ones(int(valid.sum()))], axis=-1)
+    weights = np.linalg.lstsq(design.T @ design, design.T @ difference[valid], rcond=None)[0]
+    return np.asarray(difference - weights[0] * fields[0] - weights[1] * fields[1] - weights[2])
 
 
 def _along_rows(frame: Floats, shift: Floats) -> Floats:
