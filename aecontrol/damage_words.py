@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 EVERYWHERE = 0.6
 """From this share of flagged patches on the whole frame has changed."""
+TOGETHER = 4.0
+"""Standard errors from which the mean of patches, none of which is flagged, is said to differ."""
 IMPLAUSIBLE = 0.01
 """p-value of the law below which a curve is said not to follow it."""
 POOR_PX = 0.15
@@ -56,11 +58,21 @@ def _seen(valid: list[tuple[int, DamageReading]], limit_nm: float) -> Iterator[s
                 f"Frame {k} differs from the first in {flagged:.1%} of its patches by more than noise, focus, dose and "
                 f"shift explain; score {reading.mean_score:.3g} {unit}, the mean over all patches."
             )
+        elif (errors := reading.mean_score / _error(reading)) > TOGETHER:
+            yield (
+                f"No single patch of frame {k} differs from the first by more than noise, focus, dose and shift "
+                f"explain, but all together do: score {reading.mean_score:.3g} {unit}, {errors:.0f} times its error by noise."
+            )
         else:
             yield (
                 f"Frame {k} shows no change in any patch beyond noise, focus, dose and shift; how small a change would "
                 "have been noticed was not measured."
             )
+
+
+def _error(reading: DamageReading) -> float:
+    """Standard error of the mean score by noise."""
+    return float(np.sqrt((reading.sd[reading.valid] ** 2).sum())) / int(reading.valid.sum())
 
 
 def _dose(judged: Judged, compared: int) -> Iterator[str]:

@@ -93,7 +93,12 @@ def test_a_curve_that_does_not_follow_the_law_is_said_not_to():
         response, plausible = _response(judged, glr)
         return " ".join(conclusions(replace(judged, response=response, plausible=plausible)))
 
-    assert "does not describe the curve" not in told(1.0 - np.exp(-fluence / 400.0))
+    still = told(np.zeros(9))
+    assert "Frame 8 shows no change" in still
+    assert "all together do" not in still
+    law = told(1.0 - np.exp(-fluence / 400.0))
+    assert "does not describe the curve" not in law
+    assert "No single patch of frame 8" in law
     assert "does not describe the curve" in told(1.0 - np.exp(-((fluence / 600.0) ** 6)))
 
 
