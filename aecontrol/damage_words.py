@@ -61,7 +61,8 @@ def _seen(valid: list[tuple[int, DamageReading]], limit_nm: float) -> Iterator[s
         elif (errors := reading.mean_score / _error(reading)) > TOGETHER:
             yield (
                 f"No single patch of frame {k} differs from the first by more than noise, focus, dose and shift "
-                f"explain, but all together do: score {reading.mean_score:.3g} {unit}, {errors:.0f} times its error by noise."
+                f"explain, but all together do: score {reading.mean_score:.3g} {unit}, {errors:.0f} times its error by "
+                "noise."
             )
         else:
             yield (
