@@ -236,12 +236,17 @@ class Bayes(Model):
         reason: str,
         fallback: str | None,
     ) -> Decision:
-        """The lower rungs: the highest overview evidence, or without any the Sobol sequence."""
+        """The lower rungs: the highest overview evidence, or without any the Sobol sequence; the end where nothing is
+        left to see."""
         cheap = evidence(history, candidates)
         scores = np.where(np.isfinite(cheap), cheap, -np.inf)
-        if not terms.plain and np.isfinite(cheap).any():
-            scores = _log_evidence(cheap / terms.looks.area) + terms.factor
-            scores += _log(terms.looks.gain(1.0) * unseen(candidates, terms.looks, history, 1.0))
+        if not terms.plain:
+            worth = terms.factor + _log(terms.looks.gain(1.0) * unseen(candidates, terms.looks, history, 1.0))
+            if not np.isfinite(worth[allowed]).any():
+                return _nothing_left(self.kind, allowed.size, len(history.scans))
+            allowed = allowed[np.isfinite(worth[allowed])]
+            if np.isfinite(cheap).any():
+                scores = _log_evidence(cheap / terms.looks.area) + worth
         if np.isfinite(scores[allowed]).any():
             index = best_index(scores, allowed)
             why = (

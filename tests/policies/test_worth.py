@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from aecontrol.types import Stop
 from policies.bayes import Bayes
 from policies.contract import PolicyContract, history, several_kinds, windows
 from policies.worth import Looks, learn_threshold, log_price, shown, unseen
@@ -158,6 +159,15 @@ def test_where_the_overview_shows_what_is_known_already_the_rest_is_next():
     assert explanation.candidate not in (0, 16)
     assert "no overview evidence" in explanation.why
     assert "nan" not in explanation.why
+
+
+@pytest.mark.parametrize("overview", [RICH, None])
+def test_dead_matter_is_not_scanned_before_the_surrogate_is_asked_either(overview):
+    alive = [0.8 if place in (7, 9) else 0.0 for place in range(len(GRID))]
+    one = history(GRID, [9], [1.0], overview, validity=alive)
+    assert Bayes().decide(one, GRID, 0).explanation.candidate == 7
+    none = history(GRID, [9], [1.0], overview, validity=[0.0] * len(GRID))
+    assert isinstance(Bayes().decide(none, GRID, 0), Stop)
 
 
 @pytest.mark.parametrize("policy", [Bayes(), Bayes(cost="electrons"), Bayes(acquisition="max_variance")])
