@@ -119,8 +119,8 @@ def _damage(folder: Path, event: DamageMeasured, state: State, meter: Meter | No
 def _response(folder: Path, event: ResponseFitted, state: State, meter: Meter | None) -> Iterator[str]:
     """Whether the stored readings still give the response that was charged by: its median critical fluences to within
     a tenth of their spread, for which another machine's rounding is no excuse."""
-    if meter is None:
-        return  # said of every measurement
+    if meter is None or meter.version != state.metric:
+        return  # said of every measurement; another metric has other errors
     try:
         again = fit(folder, state, meter)
     except StorageFault:

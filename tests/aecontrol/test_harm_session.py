@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from aecontrol.errors import BadInput
 from aecontrol.folding import fold
+from aecontrol.measuring import meter_of
 from aecontrol.session import Session, read_events
 from aecontrol.types import AreaPlan, Budget, DamagePlan, ReferencePlan
 from aecontrol.verify import verify_session
@@ -178,3 +179,6 @@ def test_verify_measures_and_fits_again(tmp_path, monkeypatch):
     assert differences("response_fitted", lambda event: event) == []
     assert "does not give the response" in differences("response_fitted", softer)[0]
     assert "does not show the damage" in differences("damage_measured", less)[0]
+    tomorrow = replace(meter_of(config.plan, "cpu"), version="of tomorrow", metric_sd=1.0)
+    monkeypatch.setattr("aecontrol.verify.meter_of", lambda plan, device: tomorrow)
+    assert all("not what is installed" in told for told in differences("damage_measured", lambda event: event))
