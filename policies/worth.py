@@ -154,8 +154,8 @@ def log_legible(history: History, candidates: Sequence[ScanRegion]) -> Floats:
 
 
 def charged(history: History, cost: Cost) -> Floats:
-    """What each window is charged at most [n] in the currency of ``cost``: electrons (pixels where they are not
-    metered), damage, or seconds."""
+    """What each window is charged [n] in the currency of ``cost``: electrons (pixels where they are not metered) or
+    seconds at most, damage as it is expected."""
     return np.array([_charge(charge, cost) for charge in history.charges], dtype=np.float64)
 
 
