@@ -83,6 +83,7 @@ def check(aecontrol, folder, result, straight):
     assert set(keys) == {key for key, record in state.keys.items() if record.state in ("POST", "INDET")}
     summary = json.loads((folder / "summary.json").read_bytes())
     assert summary["electrons_delivered"] <= state.charged.electrons <= state.plan.budget.electrons
+    assert json.loads(aecontrol("resume", folder, "--json")[1]) == result  # a finished session prints its summary
     verified = json.loads(aecontrol("verify", folder, "--json")[1])
     assert verified["identical"] == verified["decisions"]
     lost = [record for record in state.keys.values() if record.state == "INDET"]
