@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
@@ -126,7 +127,7 @@ class Harm:
         """After a frame was compared with the first one of its place."""
         after = replace(self, measurements=(*self.measurements, event))
         if event.mean is None or event.sd is None or event.first is None:
-            return replace(after, alarm=self.alarm or self._unreadable(event, keys))
+            return replace(after, alarm=self.alarm or after._unreadable(keys[event.key].region, keys))
         if self.response.method != "prior":
             after = replace(after, alarm=self._contradiction(event, keys))
         return after._with_surplus(event, keys)
@@ -139,7 +140,10 @@ class Harm:
                 after = after.settled(record)
         for event in self.usable:
             after = after._with_surplus(event, keys)
-        return after
+        if self.response.method != "prior" or self.alarm:
+            return after
+        places = (reference_frame(self.plan, place) for place in self.plan.references)
+        return replace(after, alarm=next(filter(None, (after._unforetold(place, keys) for place in places)), ""))
 
     def evidence(self, event: DamageMeasured, scores: NDArray[np.float64], patch_nm2: float, keys: Keys) -> Evidence:
         """A comparison as the fit takes it; ``scores`` is the table that the event names, of patches that large."""
@@ -217,24 +221,44 @@ class Harm:
             "deviations): is it the material, temperature and current that the references had?"
         )
 
-    def _unreadable(self, event: DamageMeasured, keys: Keys) -> str:
-        """Why it matters that a frame of a sacrificed place could not be compared with the first one: the one before
-        could not either, and nobody has foretold that so much would be gone. Empty when it does not matter."""
-        place = keys[event.key].region
-        if not any(same_place(place, reference_frame(self.plan, other)) for other in self.plan.references):
+    def _unreadable(self, region: ScanRegion, keys: Keys) -> str:
+        """Why it matters that the last frame of a region could not be compared with the first one; empty when it does
+        not. It does where a sacrificed place has told nothing, after two attempts and when the session is about to
+        begin; and where two in a row could not, though nobody has foretold that so much would be gone. Before the first
+        fit nobody has foretold anything."""
+        if not any(same_place(region, reference_frame(self.plan, place)) for place in self.plan.references):
             return ""
-        earlier = [other for other in self.measurements if other.first == event.first]
-        if event.first is None or not earlier or earlier[-1].mean is not None:
+        lost = self._lost(region, keys)
+        if any(event.mean is not None for event in self._seen(region, keys)):
+            return self._unforetold(region, keys) if self.response.method != "prior" and len(lost) == 2 else ""
+        taken = sum(record.state != "VOID" and same_place(record.region, region) for record in keys.values())
+        return self._blind(region, keys) if len(lost) == 2 or taken == self.plan.exposures else ""
+
+    def _unforetold(self, region: ScanRegion, keys: Keys) -> str:
+        """The same for two or more in a row, by the present response."""
+        lost = self._lost(region, keys)
+        if len(lost) < 2:
             return ""
-        phase, _, later = self.middle(event, keys)
+        phase, _, later = self.middle(lost[0], keys)
         gone = self.response.damaged(np.array([phase]), np.array([later])).mean()
-        if self.response.method != "prior" and gone >= MOST_COMPARABLE:
-            return ""
-        x, y = place.center_nm
+        return "" if gone >= MOST_COMPARABLE else self._blind(region, keys)
+
+    def _blind(self, region: ScanRegion, keys: Keys) -> str:
+        x, y = region.center_nm
         return (
-            f"two frames in a row of the place at ({x:g}, {y:g}) nm cannot be compared with its first one "
-            f"({event.reason}): what the beam does there is not known, and the place may be gone already; look at them"
+            f"frames of the place at ({x:g}, {y:g}) nm cannot be compared with its first one "
+            f"({self._seen(region, keys)[-1].reason}): what the beam does there is not known, and the place may be "
+            "gone already; look at them"
         )
+
+    def _seen(self, region: ScanRegion, keys: Keys) -> list[DamageMeasured]:
+        """What was measured of a region, in order."""
+        return [event for event in self.measurements if same_place(keys[event.key].region, region)]
+
+    def _lost(self, region: ScanRegion, keys: Keys) -> list[DamageMeasured]:
+        """Its last frames that could not be compared, last one first."""
+        backwards = reversed(self._seen(region, keys))
+        return list(takewhile(lambda event: event.mean is None and event.first is not None, backwards))
 
     def _with_surplus(self, event: DamageMeasured, keys: Keys) -> Harm:
         """The charge of a key that was looked at again, raised by what was measured beyond what is expected."""

@@ -118,7 +118,7 @@ def _damage(folder: Path, event: DamageMeasured, state: State, meter: Meter | No
 
 def _response(folder: Path, event: ResponseFitted, state: State, meter: Meter | None) -> Iterator[str]:
     """Whether the stored readings still give the response that was charged by: its median critical fluences to within
-    a tenth of their spread, for which another machine's rounding is no excuse."""
+    half their spread, which another stream of random numbers does not explain."""
     if meter is None or meter.version != state.metric:
         return  # said of every measurement; another metric has other errors
     try:
@@ -127,7 +127,7 @@ def _response(folder: Path, event: ResponseFitted, state: State, meter: Meter | 
         return  # damaged arrays are reported with the others
     ours, theirs = (np.log(r.response.critical_fluence_e_per_A2) for r in (again, event))
     off = np.abs(np.median(ours, axis=1) - np.median(theirs, axis=1))
-    if again.measurements != event.measurements or (off > 0.1 * theirs.std(axis=1) + 1e-9).any():
+    if again.measurements != event.measurements or (off > 0.5 * theirs.std(axis=1) + 1e-9).any():
         yield f"{step_text(state.intent)}: what was measured does not give the response that was recorded"
 
 

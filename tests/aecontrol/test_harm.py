@@ -177,24 +177,52 @@ def test_a_measurement_that_contradicts_the_forecast_raises_the_alarm():
     assert harm.total.damage < 1.5  # of 16: a sacrificed place, only tails count
 
 
-def test_a_place_that_cannot_be_compared_twice_in_a_row_raises_the_alarm_unless_it_was_foretold_gone():
+def unread(later: KeyRecord, first: KeyRecord) -> DamageMeasured:
+    return DamageMeasured(key=later.key, first=first.key, metric="m", reason="too different")
+
+
+def test_a_place_that_cannot_be_compared_twice_in_a_row_raises_the_alarm_once_unless_it_was_foretold_gone():
     frame = reference_frame(DAMAGE, PLACE)
-    records = [key(n, frame) for n in (1, 2, 3, 4)]
-    harm, keys = settled(*records, believed=response(hard=1e6))
-    lost = [DamageMeasured(key=r.key, first=records[0].key, metric="m", reason="too different") for r in records[1:]]
-    once = harm.measured(lost[0], keys)
+    records = [key(n, frame) for n in range(1, 7)]
+    hardy, keys = settled(*records, believed=response(hard=1e6))
+    told, *lost = seen(records[1], records[0], 0.02), *(unread(record, records[0]) for record in records[2:])
+    once = hardy.measured(told, keys).measured(lost[0], keys)
     assert not once.alarm
-    assert "too different" in once.measured(lost[1], keys).alarm
-    assert not once.measured(seen(records[2], records[0], 0.02), keys).measured(lost[2], keys).alarm
+    twice = once.measured(lost[1], keys)
+    assert "too different" in twice.alarm
+    assert not replace(twice, alarm="").measured(lost[2], keys).alarm
+    assert not once.measured(told, keys).measured(lost[1], keys).alarm
     doomed = settled(*records, believed=response(hard=20.0, soft=20.0))[0]
+    doomed = replace(doomed, measurements=(told,))
     assert not doomed.measured(lost[0], keys).measured(lost[1], keys).alarm
     untaught = replace(doomed, response=doomed.response.model_copy(update={"method": "prior"}))
-    assert untaught.measured(lost[0], keys).measured(lost[1], keys).alarm
-    records = [key(n, window()) for n in (1, 2, 3, 4)]  # a sub-scan, which nobody relies on
+    untaught = untaught.measured(lost[0], keys).measured(lost[1], keys)  # nobody has foretold anything yet
+    assert not untaught.alarm
+    assert not untaught.refitted(doomed.response, 1, keys).alarm
+    assert "too different" in untaught.refitted(hardy.response, 1, keys).alarm
+    records = [key(n, window()) for n in (1, 2, 3)]  # a sub-scan, which nobody relies on
     elsewhere, keys = settled(*records, believed=response(hard=1e6))
+    lost = [unread(record, records[0]) for record in records[1:]]
     assert not elsewhere.measured(lost[0], keys).measured(lost[1], keys).alarm
-    first = DamageMeasured(key=records[1].key, metric="m", reason="the first frame of its place")
-    assert not harm.measured(first, keys).measured(first, keys).alarm
+
+
+def test_a_place_of_which_no_frame_could_be_compared_raises_the_alarm_after_two_and_before_the_session():
+    records = [key(n, reference_frame(DAMAGE, PLACE)) for n in (1, 2, 3, 4)]
+    prior = replace(settled()[0], response=Harm.of(PLAN, COLUMN).response)
+    first = DamageMeasured(key=records[0].key, metric="m", reason="the first frame of its place")
+
+    def after(lost, exposures):
+        harm = replace(prior, plan=DAMAGE.model_copy(update={"exposures": exposures})).measured(
+            first, {first.key: records[0]}
+        )
+        for n in range(2, lost + 2):
+            assert not harm.alarm
+            harm = harm.measured(unread(records[n - 1], records[0]), {record.key: record for record in records[:n]})
+        return harm.alarm
+
+    assert not after(1, exposures=5)
+    assert "too different" in after(2, exposures=5)
+    assert "too different" in after(1, exposures=2)
 
 
 def test_an_alarm_as_unlikely_as_can_be_wished_can_be_asked_for():

@@ -168,7 +168,7 @@ def test_verify_measures_and_fits_again(tmp_path, monkeypatch):
         return verify_session(tmp_path / "s")["differences"]
 
     def softer(event):
-        critical = tuple(tuple(0.5 * f for f in phase) for phase in event.response.critical_fluence_e_per_A2)
+        critical = tuple(tuple(0.1 * f for f in phase) for phase in event.response.critical_fluence_e_per_A2)
         return event.model_copy(
             update={"response": event.response.model_copy(update={"critical_fluence_e_per_A2": critical})}
         )

@@ -65,6 +65,17 @@ def test_rows_that_jitter_across_are_part_of_the_null():
     assert still.across_px < 0.06
 
 
+def test_rows_that_only_one_frame_shows_say_nothing_of_jitter():
+    away = (0.3, 25.4)
+    first, later = (
+        counts(CRYSTAL.shows(shift, across=np.random.default_rng(k).normal(0.0, 0.15, 200)), 20, k)
+        for k, shift in enumerate(((0.0, 0.0), away))
+    )
+    assert register(first, later, PX, LIMIT_NM, (0, 25)).across_px == pytest.approx(0.21, abs=0.06)
+    still = register(counts(CRYSTAL.still, 20, 0), counts(CRYSTAL.shows(away), 20, 1), PX, LIMIT_NM, (0, 25))
+    assert still.across_px == still.jitters_px == 0.0
+
+
 def test_what_damage_and_focus_do_to_columns_along_the_rows_is_not_taken_for_jitter():
     still = Crystal.square(turn=0.0)
     for seed in range(3):

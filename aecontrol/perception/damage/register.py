@@ -161,11 +161,13 @@ def _across(first: Floats, later: Floats, valid: Bools) -> float:
 @dataclass(frozen=True)
 class _Pulls:
     """Least squares for the shift of each row of a frame, part by part of the row: ``right`` sides and ``square`` terms
-    [parts, rows], and the standard error ``sigma`` [rows] of the whole row's shift by shot noise."""
+    [parts, rows], the standard error ``sigma`` [rows] of the whole row's shift by shot noise, and which rows both
+    frames show, ``seen`` [rows]."""
 
     right: Floats
     square: Floats
     sigma: Floats
+    seen: Bools
 
     @classmethod
     def of(cls, first: Floats, later: Floats, valid: Bools, axis: int) -> _Pulls:
@@ -190,7 +192,7 @@ class _Pulls:
         square = np.maximum(square, 0.05 * max(float(square.mean()), 1e-300))
         noise = gaussian_filter1d(((ratio * a + b).clip(0.0) * slope**2).sum(axis=1), 2.0)
         sigma = np.sqrt(np.maximum(noise, 1e-300)) / square.sum(axis=0)
-        return cls(parts(_unfocused(a, b, valid) * slope), square, sigma)
+        return cls(parts(_unfocused(a, b, valid) * slope), square, sigma, np.asarray(valid.any(axis=1)))
 
     def own(self, at: Floats) -> tuple[Floats, float]:
         """Shifts [rows] of a frame whose rows were moved back by ``at`` [rows] beyond what neighbours share, and their
@@ -203,11 +205,11 @@ class _Pulls:
 
         shift = at + self.right.sum(axis=0) / self.square.sum(axis=0)
         shared = gaussian_filter1d(shift, ROWS_ALIKE)
-        own = self.right + self.square * (at - shared)
+        own, square = ((self.right + self.square * (at - shared))[:, self.seen], self.square[:, self.seen])
         products = own.sum(axis=0) ** 2 - (own**2).sum(axis=0)
         if products.sum() <= LEAST_SURE * np.sqrt((products**2).sum()):
             return shift - shared, 0.0
-        scale = (self.square.sum(axis=0) ** 2 - (self.square**2).sum(axis=0)).sum()
+        scale = (square.sum(axis=0) ** 2 - (square**2).sum(axis=0)).sum()
         spread = float(np.sqrt(products.sum() / scale)) / ROWS_LEFT
         return shift - shared, min(spread, LARGEST_JITTER_PX)
 
