@@ -10,7 +10,8 @@ Where a session would raise its alarm and wait for a person, it ends.
 
 ``learned``: frames of seven specimens in the simulated column, read by the shipped metric, with the gain and errors
 that it tells of itself; how far its gain scatters was learned from ladders of the same seven (other seeds), and the
-law, the sites per nm^2 and the mean current are as told. ``simulated``: no images, a metric whose gain is known to 10 %. See ``charge_worlds.py``.
+law, the sites per nm^2 and the mean current are as told. ``simulated``: no images, a metric whose gain is known to
+10 %. See ``charge_worlds.py``.
 """
 
 from __future__ import annotations
