@@ -314,11 +314,13 @@ def _fluences(points_nm: Floats, first: str, later: str, keys: Keys) -> tuple[Fl
 
 
 def _middles(points_nm: Floats, keys: Keys) -> Iterator[tuple[str, Floats]]:
-    """Each exposure in order with the fluence that points [n, 2] had received in the middle of it."""
+    """Each exposure in order with the fluence that points [n, 2] had received in the middle of it. One of which nobody
+    knows whether it happened is taken not to have: what is seen is blamed on less fluence then, never on more."""
     before = np.zeros(len(points_nm))
     for key, record in keys.items():
         if record.state == "VOID":
             continue
-        added = forecast.local_fluence(points_nm, record.scanned, record.charge.electrons or 0)
+        electrons = 0 if record.state == "INDET" else record.charge.electrons or 0
+        added = forecast.local_fluence(points_nm, record.scanned, electrons)
         yield key, before + 0.5 * added
         before = before + added

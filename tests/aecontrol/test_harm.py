@@ -163,6 +163,16 @@ def test_more_damage_than_foretold_is_charged_and_less_is_not_paid_back():
     assert gained.total.damage == pytest.approx(harm.total.damage + 0.04 * 16.0, rel=0.02)
 
 
+def test_what_nobody_knows_to_have_happened_does_not_make_a_specimen_look_hardier():
+    frame = reference_frame(DAMAGE, PLACE)
+    records = [key(1, frame), key(2, frame, "INDET"), key(3, frame)]
+    harm, keys = settled(*records)
+    without, fewer = settled(records[0], records[2])
+    event, table = seen(records[2], records[0], 0.1), np.array([[3.0, 3.0, 0.1, 0.01]])
+    assert harm.evidence(event, table, 0.36, keys).later == without.evidence(event, table, 0.36, fewer).later
+    assert harm.fluence.sum() > 1.3 * without.fluence.sum()  # though it is charged
+
+
 def test_a_measurement_that_contradicts_the_forecast_raises_the_alarm():
     frame = reference_frame(DAMAGE, PLACE)
     records = [key(1, frame), key(2, frame)]
