@@ -119,7 +119,8 @@ def measure_drift(folder: Path, command: MeasureDrift, state: State) -> DriftMea
 
 
 def measure_damage(folder: Path, command: MeasureDamage, state: State, meter: Meter) -> DamageMeasured:
-    """What a frame says of the damage since the first one of its place. Raises StorageFault."""
+    """What a frame says of the damage since the first one of its place, in shares of the matter as far as the metric's
+    gain is known. Raises StorageFault."""
     assert state.plan.damage is not None
     key, frame, first = command.record.key, command.frame, command.first
     nothing = DamageMeasured(key=key, first=first and first.key, metric=meter.version)
@@ -140,7 +141,8 @@ def measure_damage(folder: Path, command: MeasureDamage, state: State, meter: Me
         return nothing.model_copy(update={"reason": reading.reason or few})
     row, col = np.nonzero(inner)
     places = _centres_nm(frame.region, row, col)
-    scores = np.column_stack([places, reading.score[row, col], reading.sd[row, col]])
+    shown = np.column_stack([reading.score[row, col], reading.sd[row, col]])
+    scores = np.column_stack([places, shown / state.plan.damage.gain])
     return nothing.model_copy(
         update={
             "scores": store_array(folder, scores),
@@ -185,8 +187,8 @@ def fit(folder: Path, state: State, meter: Meter) -> ResponseFitted:
         harm.response.phases,
         harm.plan.critical_fluence_e_per_A2,
         harm.plan.exponent,
-        meter.gain_sd,
-        meter.metric_sd,
+        harm.plan.gain_sd or meter.gain_sd,
+        meter.metric_sd / harm.plan.gain,
         seed=state.seed,
     )
     return ResponseFitted(response=response, measurements=len(evidence))

@@ -364,6 +364,12 @@ class DamagePlan(Model):
     sites_per_nm2: Positive = Field(
         20.0, description="atoms or bond units that break by themselves, per nm^2: what chance adds to the forecast"
     )
+    gain: Positive = Field(
+        1.0, description="what the metric shows of wholly damaged matter of this material, where that is known"
+    )
+    gain_sd: Positive | None = Field(
+        None, description="standard deviation of the logarithm of that; default: the metric's own, for any material"
+    )
     quantile: Annotated[float, Field(ge=0.5, lt=1)] = Field(
         0.95, description="chance with which an exposure harms no more than is reserved for it"
     )

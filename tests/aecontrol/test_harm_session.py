@@ -156,6 +156,15 @@ def test_wishes_that_cannot_be_met_are_refused_before_any_dose(tmp_path, changes
     assert word in str(error.value)
 
 
+def test_a_gain_that_is_known_divides_what_is_measured_and_sharpens_the_fit(tmp_path):
+    plain = run(tmp_path / "plain", damage=DAMAGE, overview=False)
+    known = DAMAGE.model_copy(update={"gain": 0.5, "gain_sd": 0.1})
+    state = run(tmp_path / "known", damage=known, overview=False)
+    before, after = plain.harm.usable[0], state.harm.usable[0]
+    assert (after.mean, after.sd) == (pytest.approx(2.0 * before.mean), pytest.approx(2.0 * before.sd))
+    assert (plain.harm.response.diagnostics["gain_sd"], state.harm.response.diagnostics["gain_sd"]) == (0.5, 0.1)
+
+
 def test_verify_measures_and_fits_again(tmp_path, monkeypatch):
     run(tmp_path / "s", damage=DAMAGE)
     config = configuration(TAME, FrailColumn(), BUDGET, damage=DAMAGE)

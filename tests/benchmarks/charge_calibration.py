@@ -1,6 +1,6 @@
 """Is what a session reserves for damage the quantile that it says? Every session shown.
 
-    python -m tests.benchmarks.charge_calibration [--seeds 60] [--first 1000] [--metric learned | simulated]
+    python -m tests.benchmarks.charge_calibration [--seeds 60] [--first 1000] [--metric learned | simulated] [--gains]
 
 One place is scanned five times (0.3 of the first guess of the critical fluence each) and the response fitted; then ten
 windows of 2 to 4 nm at 0.03 to 1 of that guess each, where they fall, overlapping; after five of them the place is
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=1000)
     parser.add_argument("--quantile", type=float, default=0.95)
     parser.add_argument("--metric", default="learned")
+    parser.add_argument("--gains", action="store_true", help="tell every session the metric's gain for its material")
     options = parser.parse_args()
     torch.set_num_threads(1)
     meter = None if options.metric == "simulated" else build_meter(options.metric, "cpu")
@@ -124,7 +125,7 @@ def main() -> None:
         if meter is None:
             world: World = NoImages(seed, random, options.quantile)
         else:
-            world = Column(seed, random, options.quantile, meter)
+            world = Column(seed, random, options.quantile, meter, options.gains)
         steps, paused = session(world, random, seed)
         every += steps
         ended += bool(paused)
