@@ -61,7 +61,8 @@ def bar(angle_deg, offset, width=0.7, side=8.0, pixel=0.06):
 def test_a_straight_line_has_its_length(angle, offset):
     drawn, length = bar(angle, offset)
     (region,) = outline(drawn, (0.06, 0.06), "boundary", (0.06, 0.06))[1]
-    assert region.length_nm == pytest.approx(length, rel=0.1)  # where it ends in a corner its ends are cut
+    corners = abs(angle % 90.0 - 45.0) < 4.0  # both ends lie in or beside one, which cuts them
+    assert region.length_nm == pytest.approx(length, rel=0.1 if corners else 0.07)
     assert region.at_rim
 
 
